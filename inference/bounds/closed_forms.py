@@ -1,0 +1,169 @@
+"""KL divergences in closed form, and when a site's term equals one.
+
+The term of a latent site z is E_q[log p(z | pa_p) - log q(z | pa_q)], with pa_p and pa_q its parents in model and guide.
+With the parents drawn from the guide it equals -KL(q(z | pa_q) || p(z | pa_p)) exactly if, given those parents, z still
+has the law q(z | pa_q): that is, if no parent of z in the model descends from z in the guide. The bottom-up guide
+q(z_1 | x) q(z_2 | z_1) of a hierarchical VAE fails this at z_1, whose model parent z_2 descends from it; a bound that
+used the KL there would be wrong, not merely noisy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+from torch.distributions import kl_divergence
+from torch.distributions.kl import _KL_REGISTRY
+
+from inference.bounds.dependencies import Parents, descendants
+from inference.bounds.particles import Site
+
+KNOWN_LAWS = ("torch.distributions.", "pyro.distributions.torch")
+
+
+class NoClosedFormError(Exception):
+    """Why no closed form is used; the message is the sentence shown to the user."""
+
+
+def refuse_by_structure(name: str, guide_site: Site, model_site: Site, model: Parents, guide: Parents) -> None:
+    """Raises :class:`NoClosedFormError` where -KL(q || p) at ``name`` would not be the site's term."""
+    below = descendants(name, guide)
+    wrong = [parent for parent in model.get(name, ()) if parent in below]
+    if wrong:
+        raise NoClosedFormError(
+            f"refused: {_listed(wrong)}, above {name} in the model, {'descend' if len(wrong) > 1 else 'descends'} "
+            f"from it in the guide, so -KL of the factors is not this term's expectation"
+        )
+    for side in ("scale", "mask"):
+        if not _same(guide_site[side], model_site[side]):
+            raise NoClosedFormError(f"refused: model and guide have different {side}s at {name}, so the term is no KL")
+    if isinstance(_unwrapped(guide_site["fn"])[0], dist.Delta):
+        raise NoClosedFormError(f"the guide fixes {name} as a function of what is above it: nothing to integrate here")
+
+
+def site_divergence(guide_site: Site, model_site: Site) -> Tensor:
+    """KL(q || p) of one site in nats, scaled and masked as the site is, of the site's batch shape.
+
+    Raises:
+        NoClosedFormError: no closed form is known for these two laws.
+    """
+    q, p = guide_site["fn"], model_site["fn"]
+    kl = divergence(q, p)
+    expected = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    kl = kl.expand(expected) if kl.shape != expected else kl
+    mask = guide_site["mask"]
+    if mask is not None:
+        kl = torch.where(torch.as_tensor(mask, device=kl.device), kl, torch.zeros_like(kl))
+    return kl * guide_site["scale"]
+
+
+def site_entropy(guide_site: Site) -> Tensor:
+    """H(q) = -E_q[log q] of a site that only the guide has, in nats, of the site's batch shape.
+
+    Raises:
+        NoClosedFormError: no closed form is known, or the site is masked.
+    """
+    law, dims, mask = _unwrapped(guide_site["fn"])
+    if mask is not None or guide_site["mask"] is not None:
+        raise NoClosedFormError("only in the guide, and masked: minus its log-density, averaged over the draws")
+    try:
+        if not type(law).log_prob.__module__.startswith(KNOWN_LAWS):
+            raise NotImplementedError
+        return sum_rightmost(law.entropy(), dims) * guide_site["scale"]
+    except NotImplementedError:
+        raise NoClosedFormError("only in the guide: minus its log-density, averaged over the draws") from None
+
+
+def divergence(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
+    """KL(q || p) in nats, of shape ``batch_shape``.
+
+    Beside PyTorch's table it knows a full Gaussian q against a diagonal p.
+
+    Raises:
+        NoClosedFormError: no closed form is known, or a law defines its own log-density, which PyTorch's table, looking
+            up by base class, would take no notice of.
+
+    Example:
+        >>> one = torch.ones(2)
+        >>> q = dist.Normal(one, one).to_event(1)
+        >>> float(divergence(q, dist.Normal(0 * one, one).to_event(1)))
+        1.0
+    """
+    (q_base, q_dims, q_mask), (p_base, p_dims, p_mask) = _unwrapped(q), _unwrapped(p)
+    if not _same(q_mask, p_mask):
+        raise NoClosedFormError("refused: the two laws are masked differently, so the term is no KL")
+    if len(q.event_shape) != len(p.event_shape):
+        raise NoClosedFormError(
+            f"refused: the guide's event has {len(q.event_shape)} dims and the model's {len(p.event_shape)}: "
+            "declare the same with .to_event()"
+        )
+    names = f"KL({type(q_base).__name__} || {type(p_base).__name__})"
+    if (type(q_base), type(p_base)) not in _KL_REGISTRY:
+        for law in (q_base, p_base):
+            if not type(law).log_prob.__module__.startswith(KNOWN_LAWS):
+                raise NoClosedFormError(
+                    f"no closed form is known for {names}: {type(law).__name__} has a density of its own"
+                )
+    try:
+        if isinstance(q_base, dist.MultivariateNormal) and isinstance(p_base, dist.Normal) and p_dims:
+            kl = sum_rightmost(_full_against_diagonal(q_base, p_base), p_dims - 1)
+        elif isinstance(q_base, dist.Normal) and isinstance(p_base, dist.MultivariateNormal) and q_dims:
+            full = dist.MultivariateNormal(q_base.loc, scale_tril=torch.diag_embed(q_base.scale))
+            kl = sum_rightmost(kl_divergence(full, p_base), p_dims)
+        else:
+            with torch.enable_grad():  # the exponential-family entries differentiate inside
+                kl = sum_rightmost(kl_divergence(q_base, p_base), min(q_dims, p_dims))
+    except NotImplementedError:
+        raise NoClosedFormError(f"no closed form is known for {names}") from None
+    if kl.dim() > len(torch.broadcast_shapes(q.batch_shape, p.batch_shape)):
+        raise NoClosedFormError(f"no closed form is known for {names} with these event dimensions")
+    if q_mask is not None:
+        kl = torch.where(torch.as_tensor(q_mask), kl, torch.zeros_like(kl))
+    return kl
+
+
+def law_name(fn: Any) -> str:
+    """The name of a law without its wrappers, for messages."""
+    return type(_unwrapped(fn)[0]).__name__
+
+
+def _full_against_diagonal(q: dist.MultivariateNormal, p: dist.Normal) -> Tensor:
+    """KL(N(m, S) || N(mu, diag s^2)) = 1/2 [sum (S_ii + (m - mu)_i^2) / s_i^2 - d + sum log s_i^2 - log |S|]."""
+    tril = q.scale_tril
+    variance = tril.square().sum(-1)
+    log_det = 2 * torch.diagonal(tril, dim1=-2, dim2=-1).log().sum(-1)
+    ratio = (variance + (q.loc - p.loc).square()) / p.scale.square()
+    return 0.5 * (ratio.sum(-1) - q.event_shape[0] + 2 * p.scale.log().expand_as(q.loc).sum(-1) - log_det)
+
+
+def _unwrapped(fn: Any) -> tuple[Any, int, Any]:
+    """The innermost law, how many of its batch dims are event dims, and the mask put on it."""
+    dims, mask = 0, None
+    while True:
+        if isinstance(fn, torch.distributions.Independent):
+            dims += fn.reinterpreted_batch_ndims
+            fn = fn.base_dist
+        elif isinstance(fn, dist.MaskedDistribution):
+            if dims and isinstance(fn._mask, Tensor):
+                return fn, dims, mask  # a mask inside an event: left as it is, for which no closed form is known
+            mask = fn._mask if mask is None else mask & fn._mask
+            fn = fn.base_dist
+        else:
+            return fn, dims, mask
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if a is None or b is None:
+        other = b if a is None else a
+        return bool(torch.as_tensor(other).all()) if torch.as_tensor(other).dtype == torch.bool else False
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,420 @@
+r"""Likelihoods: what a decoder returns -> the distribution p(x | z) of one datum.
+
+    AE, VAE, HVAE (lecture notes 004):  p(x | z) = N(x; mu(z), sigma^2 I), or a Bernoulli or categorical of its logits
+    DDPM (notes 003):                   p(x_0 | x_1) = prod_i of the mass that a Normal puts on the bin of x_0^i
+
+A likelihood owns what belongs to x alone: which data are valid (`check`), how they must be scaled before (`scaling`),
+which number a picture shows (`mean`) and, where it is learned, the scale shared by all dimensions.
+
+Convention: parameters have shape ``[*particles, B, *data_shape]`` (a class axis last for `Categorical`), and the
+distribution's event is one whole datum, so `log_prob` returns nats per datum, shape ``[*particles, B]``. Parameters in
+half precision are widened to float32 first: a sum of log-probabilities over pixels needs it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+import ppl_models.distributions as extra
+
+__all__ = ["Bernoulli", "Categorical", "DiscretizedNormal", "Likelihood", "Normal"]
+
+_DEFAULT_INIT_SCALE = 0.1
+
+Parameters = Tensor | tuple[Tensor, Tensor]
+
+
+class Likelihood(nn.Module, ABC):
+    """Decoder output -> distribution of one datum. Subclasses say which; all are called alike.
+
+    Attributes:
+        scaling: the data scaling it expects: "none" (any reals), "unit" (in [0, 1]), "symmetric" (in [-1, 1]) or
+            "classes" (class indices).
+        is_discrete: whether x has probabilities (log-likelihoods <= 0, bits per dimension) or densities.
+        num_classes: K, size of the last axis of the decoder's output if x is a class index, else None.
+        needs_scale: whether the decoder must return (loc, scale) rather than one tensor.
+    """
+
+    scaling: ClassVar[str]
+    is_discrete: ClassVar[bool]
+    num_classes: int | None = None
+    needs_scale: bool = False
+
+    @abstractmethod
+    def forward(self, parameters: Parameters, data_dim: int) -> dist.TorchDistribution:
+        """The distribution of x.
+
+        Args:
+            parameters: decoder output ``[*batch, *data_shape]``, or a pair of such, or with a class axis.
+            data_dim: number of dimensions of one datum, ``len(data_shape)``.
+
+        Returns:
+            A Pyro distribution with ``batch_shape = batch`` and ``event_shape = data_shape``.
+
+        Raises:
+            TypeError: one tensor where (loc, scale) is expected, or the reverse.
+            ValueError: shapes that do not fit.
+        """
+
+    @abstractmethod
+    def check(self, x: Tensor, name: str = "x") -> None:
+        """Refuses data that the distribution gives no probability, before any of it reaches a program.
+
+        Args:
+            x: data as the program will see them, any shape.
+            name: how to call them in the message.
+
+        Raises:
+            ValueError: names the first bad entry, what was expected, and the remedy.
+            TypeError: `x` is not a tensor.
+        """
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments, JSON-able: ``type(self)(**self.config())`` makes it again, weights aside."""
+        return {}
+
+    def extra_repr(self) -> str:
+        """The constructor arguments, for ``print(likelihood)``."""
+        return ", ".join(f"{key}={value!r}" for key, value in self.config().items())
+
+    def mean(self, parameters: Parameters, data_dim: int) -> Tensor:
+        """E[x | parameters] in data units, shape ``[*batch, *data_shape]``: what a picture shows."""
+        return self(parameters, data_dim).mean
+
+    def data_shape_of(self, parameters: Parameters) -> torch.Size:
+        """Shape of one datum, from decoder output with exactly one leading batch dimension."""
+        tensor = parameters[0] if isinstance(parameters, tuple) else parameters
+        return tensor.shape[1:]
+
+    def example(self, data_shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+        """One valid datum as a batch, shape ``[1, *data_shape]``, to try shapes with.
+
+        Args:
+            data_shape: shape of one datum.
+            dtype: floating dtype, torch's default if None; class indices are int64 whatever it is.
+            device: where to put it, the CPU if None.
+        """
+        return torch.zeros(1, *data_shape, dtype=dtype, device=device)
+
+
+class _LocationScale(Likelihood):
+    """What `Normal` and `DiscretizedNormal` share: a location from the decoder, a scale from one of three places."""
+
+    def __init__(self, scale: float | str | None, init_scale: float | None) -> None:
+        super().__init__()
+        self.scale = scale if scale is None or scale == "learned" else _positive("scale", scale)
+        self.needs_scale = scale is None
+        if self.scale == "learned":
+            self.init_scale = _positive("init_scale", _DEFAULT_INIT_SCALE if init_scale is None else init_scale)
+            self.log_scale = nn.Parameter(torch.tensor(math.log(self.init_scale)))
+        elif init_scale is not None:
+            raise ValueError(
+                f'expected init_scale only with scale="learned", got scale={scale!r}; leave one of them out'
+            )
+
+    def config(self) -> dict[str, Any]:
+        """See `Likelihood.config`."""
+        return {"scale": self.scale} | ({"init_scale": self.init_scale} if self.scale == "learned" else {})
+
+    def _loc_and_scale(self, parameters: Parameters, data_dim: int) -> tuple[Tensor, Tensor]:
+        if self.scale is None:
+            if not (isinstance(parameters, tuple) and len(parameters) == 2):
+                raise TypeError(
+                    "expected the decoder to return a pair (loc, scale), as the likelihood has scale=None, got "
+                    f"{_describe(parameters)}; return both, or give the likelihood a scale"
+                )
+            loc, scale = map(_at_least_float32, parameters)
+            pairs = zip(scale.shape[::-1], loc.shape[::-1], strict=False)
+            if scale.dim() > loc.dim() or any(a not in (1, b) for a, b in pairs):
+                raise ValueError(
+                    f"expected scale to broadcast to the shape of loc, {list(loc.shape)}, got {list(scale.shape)}; "
+                    "return one scale per entry of loc, or per datum with trailing ones"
+                )
+        else:
+            loc = _single(parameters, "location", "build the likelihood with scale=None to use the decoder's scale")
+            # A fixed scale stays a Python number until here, so no dtype or device of its own can fall out of step.
+            scale = loc.new_full((), self.scale) if isinstance(self.scale, float) else self.log_scale.exp()
+        _check_dims(loc, data_dim)
+        return loc, scale
+
+
+class Normal(_LocationScale):
+    r"""x | z ~ N(mu, sigma^2 I), with mu the decoder's output.
+
+        log p(x | z) = -\|x - mu\|^2/(2 sigma^2) - (D/2) log(2 pi sigma^2)
+
+    Source: lecture notes 004, "Gaussian VAE".
+
+    Args:
+        scale: sigma: a positive number (fixed; default 0.1), "learned" (one parameter for all dimensions), or None (the
+            decoder returns the pair (mu, sigma)).
+        init_scale: where a learned sigma starts; 0.1 unless given.
+
+    Raises:
+        ValueError: a scale that is not positive and finite; with Pyro's validation, also at the call, a sigma whose
+            square leaves its dtype (below 1.1e-17 or above 1.8e19 in float32).
+
+    Example:
+        >>> likelihood = Normal(scale=0.5)
+        >>> p = likelihood(torch.zeros(7, 3, 8, 8), data_dim=2)
+        >>> p.batch_shape, p.event_shape
+        (torch.Size([7, 3]), torch.Size([8, 8]))
+        >>> round(Normal(scale=1.0)(torch.zeros(1, 2), 1).log_prob(torch.zeros(1, 2)).item(), 4)    # -log(2 pi)
+        -1.8379
+    """
+
+    scaling = "none"
+    is_discrete = False
+
+    def __init__(self, scale: float | str | None = 0.1, init_scale: float | None = None) -> None:
+        super().__init__(scale, init_scale)
+
+    def forward(self, parameters: Parameters, data_dim: int) -> dist.TorchDistribution:
+        """N(mu, sigma^2) in each dimension; see `Likelihood.forward`."""
+        loc, scale = self._loc_and_scale(parameters, data_dim)
+        if dist.is_validation_enabled():
+            limits = torch.finfo(scale.dtype)
+            low, high = 100 * math.sqrt(limits.tiny), math.sqrt(limits.max)
+            _refuse(
+                scale.detach(),
+                ~((scale >= low) & (scale <= high)),
+                "scale",
+                f"a scale in [{low:.2g}, {high:.2g}] for {scale.dtype}",
+                "bound the decoder's scale, or use float64",
+            )
+        return dist.Normal(loc, scale).to_event(data_dim)
+
+    def check(self, x: Tensor, name: str = "x") -> None:
+        """Any finite floats; see `Likelihood.check`."""
+        _refuse_other_than_floats(x, name)
+
+
+class Bernoulli(Likelihood):
+    """x_i | z ~ Bernoulli(sigmoid(l_i)), with the logits l the decoder's output.
+
+        log p(x | z) = sum_i x_i log sigmoid(l_i) + (1 - x_i) log sigmoid(-l_i)
+
+    Source: the two-class case of the categorical reconstruction in lecture notes 004, "Autoencoder"; Kingma and
+    Welling, *Auto-Encoding Variational Bayes*, 2013, arXiv:1312.6114, appendix C.1. Grey values have no probability
+    under it: they must be binarised, and how is for the user to say.
+
+    Example:
+        >>> Bernoulli()(torch.zeros(5, 4), data_dim=1).log_prob(torch.ones(5, 4)).exp()    # 2^-4 each
+        tensor([0.0625, 0.0625, 0.0625, 0.0625, 0.0625])
+    """
+
+    scaling = "unit"
+    is_discrete = True
+
+    def forward(self, parameters: Parameters, data_dim: int) -> dist.TorchDistribution:
+        """Bernoulli(logits) in each dimension; see `Likelihood.forward`."""
+        logits = _single(parameters, "logits", "return the logits alone")
+        _check_dims(logits, data_dim)
+        return dist.Bernoulli(logits=logits).to_event(data_dim)
+
+    def check(self, x: Tensor, name: str = "x") -> None:
+        """Floats, each exactly 0 or 1; see `Likelihood.check`."""
+        expected = "exact 0 or 1 under a Bernoulli likelihood"
+        _refuse_grey_levels(x, name, expected, 'scale to [0, 1] (scaling "unit") and state a binarisation')
+        _refuse_other_than_floats(x, name)
+        _refuse(x, (x != 0) & (x != 1), name, expected, 'state a binarisation ("dynamic" or "fixed")')
+
+
+class Categorical(Likelihood):
+    """x_i | z ~ Categorical(softmax(l_i)) over K classes, with the logits l the decoder's output.
+
+        log p(x | z) = sum_i [l_{i, x_i} - log sum_k exp l_{i, k}]
+
+    Source: lecture notes 004, "Autoencoder", the loss for categorical x.
+
+    Args:
+        num_classes: K >= 2. The decoder returns ``[..., *data_shape, K]``; data are int64 in 0..K-1.
+
+    Raises:
+        ValueError: `num_classes` is not an int >= 2.
+
+    Example:
+        >>> likelihood = Categorical(num_classes=4)
+        >>> p = likelihood(torch.zeros(5, 3, 4), data_dim=1)
+        >>> p.event_shape, p.log_prob(torch.zeros(5, 3, dtype=torch.int64)).exp()[0].item()    # 4^-3
+        (torch.Size([3]), 0.015625)
+    """
+
+    scaling = "classes"
+    is_discrete = True
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes: int = _at_least_two("num_classes", num_classes)
+
+    def forward(self, parameters: Parameters, data_dim: int) -> dist.TorchDistribution:
+        """Categorical(logits) in each dimension, classes on the last axis; see `Likelihood.forward`."""
+        return dist.Categorical(logits=self._logits(parameters, data_dim)).to_event(data_dim)
+
+    def mean(self, parameters: Parameters, data_dim: int) -> Tensor:
+        """Expected class index sum_k k P(x = k), a float: meaningful where the classes are ordered, as grey levels."""
+        probs = self._logits(parameters, data_dim).softmax(-1)
+        return probs @ torch.arange(self.num_classes, dtype=probs.dtype, device=probs.device)
+
+    def data_shape_of(self, parameters: Parameters) -> torch.Size:
+        """Shape of one datum: decoder output without the batch and class axes."""
+        return super().data_shape_of(parameters)[:-1]
+
+    def check(self, x: Tensor, name: str = "x") -> None:
+        """int64 in 0..K-1; see `Likelihood.check`."""
+        _refuse_other_than_tensor(x, name)
+        if x.dtype != torch.int64:
+            raise ValueError(f"{name}: expected int64 class indices, got {x.dtype}; convert with .long()")
+        expected = f"class indices in 0..{self.num_classes - 1}"
+        _refuse(x, (x < 0) | (x >= self.num_classes), name, expected, "raise num_classes or relabel the data")
+
+    def example(self, data_shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+        """All of class 0, in int64 whatever `dtype` is; see `Likelihood.example`."""
+        return torch.zeros(1, *data_shape, dtype=torch.int64, device=device)
+
+    def config(self) -> dict[str, Any]:
+        """See `Likelihood.config`."""
+        return {"num_classes": self.num_classes}
+
+    def _logits(self, parameters: Parameters, data_dim: int) -> Tensor:
+        logits = _single(parameters, "logits", "return the logits alone")
+        _check_dims(logits, data_dim + 1)
+        if logits.shape[-1] != self.num_classes:
+            raise ValueError(
+                f"expected logits of shape [..., *data_shape, {self.num_classes}], one per class on the last axis, got "
+                f"{list(logits.shape)}; match the decoder's last axis to num_classes"
+            )
+        return logits
+
+
+class DiscretizedNormal(_LocationScale):
+    """x_i | z: Normal(mu_i, sigma^2) rounded to the nearest of `levels` values in [-1, 1]; mu is the decoder's output.
+
+        p(x | z) = prod_i int_{delta_-(x_i)}^{delta_+(x_i)} N(y; mu_i, sigma^2) dy
+
+    with bins of half-width 1/(levels - 1), open at the ends. Source: lecture notes 003, the discretised Gaussian
+    decoder; arXiv:2006.11239, eq. 13. See `ppl_models.distributions.DiscretizedNormal`, also for the admissible sigma.
+
+    Args:
+        levels: number of values a pixel can take, an int >= 2.
+        scale: sigma: "learned" (default; one parameter for all dimensions), a positive number (fixed), or None (the
+            decoder returns the pair (mu, sigma)).
+        init_scale: where a learned sigma starts; 0.1 unless given.
+
+    Raises:
+        ValueError: `levels` is not an int >= 2, or a scale that is not positive and finite.
+
+    Example:
+        >>> likelihood = DiscretizedNormal(levels=256, scale=0.1)
+        >>> x = torch.full((3, 8, 8), -1.0)
+        >>> log_p = likelihood(torch.zeros(3, 8, 8), data_dim=2).log_prob(x)    # ten standard deviations, 64 times
+        >>> log_p.shape, bool(log_p.isfinite().all())
+        (torch.Size([3]), True)
+    """
+
+    scaling = "symmetric"
+    is_discrete = True
+
+    def __init__(
+        self, levels: int = 256, scale: float | str | None = "learned", init_scale: float | None = None
+    ) -> None:
+        super().__init__(scale, init_scale)
+        self.levels = _at_least_two("levels", levels)
+
+    def forward(self, parameters: Parameters, data_dim: int) -> dist.TorchDistribution:
+        """The discretised Normal in each dimension; see `Likelihood.forward`."""
+        loc, scale = self._loc_and_scale(parameters, data_dim)
+        return extra.DiscretizedNormal(loc, scale, self.levels).to_event(data_dim)
+
+    def check(self, x: Tensor, name: str = "x") -> None:
+        """Floats on the grid of `levels` values in [-1, 1]; see `Likelihood.check`."""
+        expected = f"one of {self.levels} evenly spaced values in [-1, 1]"
+        _refuse_grey_levels(x, name, expected, f'scale 0..{self.levels - 1} to [-1, 1] (scaling "symmetric")')
+        _refuse_other_than_floats(x, name)
+        in_unit = bool(((x >= 0) & (x <= 1)).all())
+        remedy = (
+            'values in [0, 1] need scaling "symmetric", 2x - 1'
+            if in_unit
+            else 'round to the grid with scaling "symmetric", or match levels to the data'
+        )
+        _refuse(x, ~extra.Grid(self.levels).check(x), name, expected, remedy)
+
+    def example(self, data_shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+        """All at the lowest level, -1; see `Likelihood.example`."""
+        return torch.full((1, *data_shape), -1.0, dtype=dtype, device=device)
+
+    def config(self) -> dict[str, Any]:
+        """See `Likelihood.config`."""
+        return {"levels": self.levels} | super().config()
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+        also = ', "learned" or None' if name == "scale" else ""
+        raise ValueError(f"expected {name} to be a positive finite number{also}, got {value!r}")
+    return float(value)
+
+
+def _at_least_two(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+        raise ValueError(f"expected {name} to be an int >= 2, got {value!r}")
+    return value
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"one tensor of shape {list(value.shape)}"
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+
+
+def _single(parameters: Parameters, what: str, remedy: str) -> Tensor:
+    """The decoder's one tensor, at least float32."""
+    if not isinstance(parameters, Tensor):
+        raise TypeError(f"expected the decoder to return one tensor, the {what}, got {_describe(parameters)}; {remedy}")
+    return _at_least_float32(parameters)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check_dims(tensor: Tensor, least: int) -> None:
+    if tensor.dim() < least:
+        raise ValueError(
+            f"expected decoder output with at least {least} dimensions, those of one datum, got shape "
+            f"{list(tensor.shape)}; let the decoder end in a reshape to the data's shape"
+        )
+
+
+def _refuse(x: Tensor, bad: Tensor, name: str, expected: str, remedy: str) -> None:
+    """Raises on the first entry where `bad` is True."""
+    if bad.any():
+        index = bad.nonzero()[0].tolist()
+        where = f"{name}{index}" if index else name
+        raise ValueError(f"{name}: expected {expected}, but {where} is {x[tuple(index)].item():g}; {remedy}")
+
+
+def _refuse_other_than_tensor(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}; convert with torch.as_tensor")
+
+
+def _refuse_other_than_floats(x: Tensor, name: str) -> None:
+    _refuse_other_than_tensor(x, name)
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected floating-point values, got {x.dtype}; convert with .float()")
+    _refuse(x, ~x.isfinite(), name, "finite values", "remove or fill in what is missing")
+
+
+def _refuse_grey_levels(x: Tensor, name: str, expected: str, remedy: str) -> None:
+    """Whole numbers from 0 to more than 1 are grey levels that nobody scaled: the most common slip, so it is named."""
+    _refuse_other_than_tensor(x, name)
+    if not x.is_complex() and ((x >= 0) & (x < math.inf) & (x.frac() == 0 if x.is_floating_point() else True)).all():
+        _refuse(x, x > 1, name, expected, f"these look like integer grey levels 0..255: {remedy}")

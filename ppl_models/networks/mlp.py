@@ -1,0 +1,154 @@
+"""Multilayer perceptrons that accept any leading dimensions: encoders and decoders for vectors and small images.
+
+Plain torch: no Pyro and no probability. An encoder maps x to the two arrays (loc, scale) of a diagonal Gaussian with
+scale = exp(log-scale head) > 0, as in Burda et al. 2016 (arXiv:1509.00519, section 2); a decoder maps z to whatever
+arrays a likelihood asks for. Leading dims are batch dims, whatever their number, so a network serves a batch
+``[B, ...]`` and particles over a batch ``[K, B, ...]`` alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+
+
+class MLP(nn.Sequential):
+    """Linear layers of the given widths with an activation between them.
+
+    Args:
+        widths: input width, hidden widths, output width; at least two entries.
+        activation: one of ``tanh``, ``relu``, ``silu``, ``gelu``.
+
+    Raises:
+        ValueError: fewer than two widths, a width below one, or an unknown activation.
+
+    Example:
+        >>> MLP([3, 5, 2])(torch.zeros(7, 4, 3)).shape
+        torch.Size([7, 4, 2])
+    """
+
+    def __init__(self, widths: Sequence[int], activation: str = "tanh") -> None:
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(f"expected at least two positive widths (input, ..., output), got {list(widths)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"expected an activation among {', '.join(ACTIVATIONS)}, got {activation!r}")
+        layers: list[nn.Module] = []
+        for i in range(len(widths) - 1):
+            layers += [nn.Linear(widths[i], widths[i + 1]), ACTIVATIONS[activation]()]
+        super().__init__(*layers[:-1])
+        self.widths = list(widths)
+        self.activation = activation
+
+    def config(self) -> dict[str, object]:
+        """Constructor arguments, JSON-able."""
+        return {"widths": self.widths, "activation": self.activation}
+
+
+class GaussianEncoder(nn.Module):
+    """x -> (loc, scale), both ``[..., latent_dim]``, scale > 0.
+
+    Args:
+        data_shape: shape of one datum.
+        latent_dim: width of loc and scale.
+        hidden: hidden widths.
+        activation: see :class:`MLP`.
+        num_classes: when given, x holds integers 0..num_classes-1 and enters one-hot.
+
+    Example:
+        >>> loc, scale = GaussianEncoder((8, 8), latent_dim=3, hidden=(16,))(torch.zeros(5, 8, 8))
+        >>> loc.shape, bool((scale > 0).all())
+        (torch.Size([5, 3]), True)
+    """
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        latent_dim: int,
+        hidden: Sequence[int] = (200, 200),
+        activation: str = "tanh",
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.data_shape = list(data_shape)
+        self.latent_dim = latent_dim
+        self.hidden = list(hidden)
+        self.activation = activation
+        self.num_classes = num_classes
+        inputs = math.prod(data_shape) * (num_classes or 1)
+        self.body = MLP([inputs, *hidden, 2 * latent_dim], activation)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` of shape ``[..., *data_shape]`` to ``(loc, scale)``, each ``[..., latent_dim]``."""
+        n = len(self.data_shape)
+        if self.num_classes is not None:
+            x = nn.functional.one_hot(x, self.num_classes)
+            n += 1
+        flat = x.reshape(*x.shape[: x.dim() - n], -1).to(self.body[0].weight.dtype)
+        loc, log_scale = self.body(flat).chunk(2, dim=-1)
+        return loc, log_scale.exp()
+
+    def config(self) -> dict[str, object]:
+        """Constructor arguments, JSON-able."""
+        return {
+            "data_shape": self.data_shape,
+            "latent_dim": self.latent_dim,
+            "hidden": self.hidden,
+            "activation": self.activation,
+            "num_classes": self.num_classes,
+        }
+
+
+class Decoder(nn.Module):
+    """z -> likelihood parameters of shape ``[..., *output_shape]``, or a pair of such arrays.
+
+    Args:
+        latent_dim: width of z.
+        output_shape: shape of one datum's parameters (for classes, with the number of classes last).
+        hidden: hidden widths.
+        activation: see :class:`MLP`.
+        with_scale: return ``(loc, scale)`` with scale = exp(head) > 0 instead of one array.
+
+    Example:
+        >>> Decoder(3, (8, 8), hidden=(16,))(torch.zeros(5, 3)).shape
+        torch.Size([5, 8, 8])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        output_shape: Sequence[int],
+        hidden: Sequence[int] = (200, 200),
+        activation: str = "tanh",
+        with_scale: bool = False,
+    ) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.output_shape = list(output_shape)
+        self.hidden = list(hidden)
+        self.activation = activation
+        self.with_scale = with_scale
+        self.body = MLP([latent_dim, *hidden, math.prod(output_shape) * (2 if with_scale else 1)], activation)
+
+    def forward(self, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """``z`` of shape ``[..., latent_dim]`` to ``[..., *output_shape]`` (twice, with ``with_scale``)."""
+        outputs = self.body(z)
+        shape = torch.Size([*z.shape[:-1], *self.output_shape])
+        if not self.with_scale:
+            return outputs.reshape(shape)
+        loc, log_scale = outputs.chunk(2, dim=-1)
+        return loc.reshape(shape), log_scale.exp().reshape(shape)
+
+    def config(self) -> dict[str, object]:
+        """Constructor arguments, JSON-able."""
+        return {
+            "latent_dim": self.latent_dim,
+            "output_shape": self.output_shape,
+            "hidden": self.hidden,
+            "activation": self.activation,
+            "with_scale": self.with_scale,
+        }

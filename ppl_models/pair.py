@@ -1,0 +1,140 @@
+"""The contract: a generative program p(x, z_1..L) and a guide q(z_1..L | x), as one module.
+
+A pair is two Pyro programs over the same latent sites,
+
+    model:  p(x, z_1..L) = p(z_L) prod_{l=2..L} p(z_{l-1} | z_l) p(x | z_1)
+    guide:  q(z_1..L | x) = q(z_1 | x) prod_{l=2..L} q(z_l | z_{l-1})
+
+(lecture notes 000 and 004), for which ELBO(x) = E_q[log p(x, z) - log q(z | x)] <= log p(x). Everything else in the
+project (bounds, training, samplers, plots, command line) sees a pair through this contract alone.
+
+Conventions. One plate ``data`` at dim -1 holds the batch; all other dims are event dims. Programs also run under outer
+vectorised plates, so networks accept any leading dims. Parameters are ordinary ``torch.nn.Parameter``s made in
+``__init__``; Pyro's global parameter store is never used, yet ``pyro.infer.SVI`` works, because the programs announce
+their parameters with :meth:`ModelGuidePair.announce`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from pyro.params import param_with_module_name
+from pyro.poutine.runtime import am_i_wrapped, effectful
+from torch import Tensor, nn
+
+
+class ModelGuidePair(nn.Module, ABC):
+    """A generative program and its guide, as one ``torch.nn.Module``.
+
+    A new system implements :meth:`model` and :meth:`guide` and calls :meth:`announce` with the modules whose
+    parameters the program uses. All of ``inference`` then applies, and so do ``pyro.infer.SVI``, ``Trace_ELBO``,
+    ``TraceMeanField_ELBO``, ``Predictive`` and ``pyro.render_model``.
+
+    Args:
+        data_shape: shape of one datum x, without the batch.
+        latent_sites: names of the latent sample sites, in the model's order (top of the chain first).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> class Coin(ModelGuidePair):
+        ...     def __init__(self):
+        ...         super().__init__(data_shape=(), latent_sites=("z",))
+        ...         self.encoder = nn.Linear(1, 1)
+        ...     def model(self, x=None, size=None):
+        ...         with pyro.plate("data", self.batch_size(x, size)):
+        ...             z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...             return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        ...     def guide(self, x):
+        ...         self.announce("encoder")
+        ...         with pyro.plate("data", self.batch_size(x)):
+        ...             return pyro.sample("z", dist.Normal(self.encoder(x[..., None])[..., 0], 0.7))
+        >>> Coin().model(size=3).shape
+        torch.Size([3])
+    """
+
+    def __init__(self, data_shape: tuple[int, ...] | torch.Size, latent_sites: tuple[str, ...]) -> None:
+        super().__init__()
+        self.data_shape = torch.Size(data_shape)
+        self.latent_sites = tuple(latent_sites)
+
+    @abstractmethod
+    def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+        """The generative program p(x, z).
+
+        Args:
+            x: data ``[*particles, B, *data_shape]``, observed at site ``x``; None generates.
+            size: how many data to generate when ``x`` is None.
+
+        Returns:
+            The value of the data site, ``[*particles, B, *data_shape]``.
+        """
+
+    @abstractmethod
+    def guide(self, x: Tensor) -> Any:
+        """The inference program q(z | x): the same latent sites as the model, nothing else.
+
+        Args:
+            x: data ``[*particles, B, *data_shape]``.
+        """
+
+    def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+        """Runs :meth:`model`."""
+        return self.model(x, size)
+
+    def batch_size(self, x: Tensor | None, size: int | None = None) -> int:
+        """B, read from data or from ``size``.
+
+        Raises:
+            ValueError: neither or both are given, ``x`` has the wrong trailing shape, or ``size`` is below one.
+
+        Example:
+            >>> from ppl_models.linear_gaussian import LinearGaussian
+            >>> LinearGaussian.random(data_dim=3, latent_dim=2).batch_size(torch.zeros(5, 3))
+            5
+        """
+        if x is None:
+            if size is None:
+                raise ValueError("expected data x to score or size=B to generate B data; got neither: pass one of them")
+            if size < 1:
+                raise ValueError(f"expected size >= 1, got {size}: ask for at least one datum")
+            return size
+        n = len(self.data_shape)
+        if x.dim() <= n or x.shape[x.dim() - n :] != self.data_shape:
+            raise ValueError(
+                f"expected x of shape [B, {', '.join(map(str, self.data_shape))}], got {list(x.shape)}: "
+                "reshape the data, keeping one leading batch dimension"
+            )
+        rows = x.shape[x.dim() - n - 1]
+        if size is not None and size != rows:
+            raise ValueError(f"expected size to be left out when x is given, got size={size} and {rows} rows")
+        return rows
+
+    def announce(self, *submodules: str) -> None:
+        """Emits one Pyro ``param`` site per parameter of the named submodules (or of a bare parameter).
+
+        This is what lets ``pyro.infer.SVI`` find the parameters and ``pyro.poutine.trace`` list them, without Pyro's
+        global store: the values stay in the module. Costs nothing when no Pyro handler is active.
+
+        Args:
+            submodules: attribute names, as in ``self.announce("decoder", "likelihood")``.
+        """
+        if not am_i_wrapped():
+            return
+        for name in submodules:
+            member = getattr(self, name)
+            if isinstance(member, nn.Parameter):
+                _emit(name, member)
+            else:
+                for parameter_name, parameter in member.named_parameters():
+                    _emit(param_with_module_name(name, parameter_name), parameter)
+
+
+def _emit(name: str, parameter: nn.Parameter) -> None:
+    """One ``param`` message whose value is an alias of the parameter, as ``SVI`` expects it."""
+    alias = parameter.view_as(parameter)
+    alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+    effectful(lambda *_, **__: alias, type="param")(name, alias, constraint=constraints.real, name=name)

@@ -1,0 +1,149 @@
+"""The Gaussian variational autoencoder (lecture notes 004, "Gaussian VAE").
+
+    p(z) = N(z; 0, I)      p_theta(x | z) = likelihood(decoder(z))
+    q_phi(z | x) = N(z; mu_phi(x), diag(sigma_phi(x)^2))
+
+    ELBO(x) = E_q[log p_theta(x | z)] - KL(q_phi(z | x) || p(z))
+
+The chain of the hierarchical VAE with L = 1. Sites ``z`` and ``x``. The prior is fixed at N(0, I), because encoder and
+decoder can absorb any other location and scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppl_models.likelihoods import Likelihood
+from ppl_models.networks.mlp import Decoder, GaussianEncoder
+from ppl_models.pair import ModelGuidePair
+from ppl_models.registry import describe
+
+
+class VAE(ModelGuidePair):
+    """Gaussian VAE with any likelihood: ``VAE(encoder, decoder, latent_dim, likelihood)``.
+
+    ELBO(x) = E_{q(z|x)}[log p(x | z)] - KL(q(z | x) || N(0, I)), lecture notes 004, Theorem 1; Kingma and Welling 2013
+    (arXiv:1312.6114), eq. 3.
+
+    Args:
+        encoder: module, x ``[..., *data_shape]`` -> ``(loc, scale)``, each ``[..., latent_dim]``, scale > 0.
+        decoder: module, z ``[..., latent_dim]`` -> the likelihood's parameters.
+        latent_dim: d, width of z.
+        likelihood: decoder output -> distribution of x; see :mod:`ppl_models.likelihoods`.
+
+    Raises:
+        ValueError: encoder or decoder return arrays of another shape than the above; found at construction by one
+            pass of a single datum.
+        TypeError: the encoder does not return a pair.
+
+    Example:
+        >>> from ppl_models.likelihoods import Bernoulli
+        >>> vae = VAE.preset((8, 8), Bernoulli(), latent_dim=4, hidden=(32,))
+        >>> vae.data_shape, vae.latent_sites
+        (torch.Size([8, 8]), ('z',))
+        >>> vae.model(size=3).shape
+        torch.Size([3, 8, 8])
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, likelihood: Likelihood) -> None:
+        if latent_dim < 1:
+            raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")
+        super().__init__(likelihood.data_shape_of(_probe(decoder, latent_dim)), latent_sites=("z",))
+        self.encoder = encoder
+        self.decoder = decoder
+        self.latent_dim = latent_dim
+        self.likelihood = likelihood
+        reference = next(decoder.parameters(), torch.empty(0))
+        self.register_buffer(
+            "prior_loc", torch.zeros(latent_dim, dtype=reference.dtype, device=reference.device), False
+        )
+        self.register_buffer("prior_scale", torch.ones_like(self.prior_loc), False)
+        self._check_encoder()
+
+    @classmethod
+    def preset(
+        cls,
+        data_shape: Sequence[int],
+        likelihood: Likelihood,
+        latent_dim: int = 16,
+        hidden: Sequence[int] = (200, 200),
+        activation: str = "tanh",
+    ) -> VAE:
+        """A VAE with MLP encoder and decoder, mirror images of each other.
+
+        Args:
+            data_shape: shape of one datum.
+            likelihood: decoder output -> distribution of x.
+            latent_dim: d.
+            hidden: the encoder's hidden widths; the decoder has them reversed.
+            activation: see :class:`ppl_models.networks.MLP`.
+        """
+        encoder = GaussianEncoder(data_shape, latent_dim, hidden, activation, num_classes=likelihood.num_classes)
+        output_shape = [*data_shape] if likelihood.num_classes is None else [*data_shape, likelihood.num_classes]
+        decoder = Decoder(latent_dim, output_shape, list(hidden)[::-1], activation, with_scale=likelihood.needs_scale)
+        return cls(encoder, decoder, latent_dim, likelihood)
+
+    def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+        """p(z) p_theta(x | z): sites ``z`` ``[B, d]`` and ``x`` ``[B, *data_shape]``; see the base class."""
+        self.announce("decoder", "likelihood")
+        with pyro.plate("data", self.batch_size(x, size)):
+            z = pyro.sample("z", dist.Normal(self.prior_loc, self.prior_scale).to_event(1))
+            return pyro.sample("x", self.likelihood(self.decoder(z), len(self.data_shape)), obs=x)
+
+    def guide(self, x: Tensor) -> Tensor:
+        """q_phi(z | x) = N(z; mu_phi(x), diag(sigma_phi(x)^2)): site ``z`` ``[B, d]``."""
+        self.announce("encoder")
+        with pyro.plate("data", self.batch_size(x)):
+            loc, scale = self.encoder(x)
+            return pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as nested descriptions; see :func:`ppl_models.registry.describe`."""
+        return {
+            "encoder": describe(self.encoder),
+            "decoder": describe(self.decoder),
+            "latent_dim": self.latent_dim,
+            "likelihood": describe(self.likelihood),
+        }
+
+    def _check_encoder(self) -> None:
+        reference = self.prior_loc
+        x = self.likelihood.example(self.data_shape, reference.dtype, reference.device)
+        output = _evaluate(self.encoder, x)
+        if not (isinstance(output, tuple) and len(output) == 2):
+            raise TypeError(
+                f"expected the encoder to return a pair (loc, scale), got {type(output).__name__}: "
+                "return two tensors of shape [..., latent_dim]"
+            )
+        for name, value in zip(("loc", "scale"), output, strict=True):
+            if value.shape != (1, self.latent_dim):
+                raise ValueError(
+                    f"expected the encoder's {name} to have shape [B, latent_dim] = [1, {self.latent_dim}] for one "
+                    f"datum of shape {list(self.data_shape)}, got {list(value.shape)}: match the encoder's last layer"
+                )
+        if not bool((output[1] > 0).all()):
+            raise ValueError("expected the encoder's scale to be > 0: pass its last layer through exp or softplus")
+
+
+def _probe(decoder: nn.Module, latent_dim: int) -> Any:
+    """The decoder's output for one latent, which tells the shape of a datum."""
+    reference = next(decoder.parameters(), torch.empty(0))
+    return _evaluate(decoder, torch.zeros(1, latent_dim, dtype=reference.dtype, device=reference.device))
+
+
+def _evaluate(module: nn.Module, argument: Tensor) -> Any:
+    """One pass in evaluation mode (no dropout, no running statistics), restoring each submodule's mode."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            return module(argument)
+    finally:
+        for m, training in modes:
+            m.training = training
