@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ppl_models.launcher import check_inference
     from ppl_models.linear_gaussian import LinearGaussian
     from ppl_models.pair import ModelGuidePair
     from ppl_models.vae import VAE
@@ -17,9 +18,10 @@ _HOMES = {
     "LinearGaussian": "ppl_models.linear_gaussian",
     "ModelGuidePair": "ppl_models.pair",
     "VAE": "ppl_models.vae",
+    "check_inference": "ppl_models.launcher",
 }
 
-__all__ = ["VAE", "LinearGaussian", "ModelGuidePair"]
+__all__ = ["VAE", "LinearGaussian", "ModelGuidePair", "check_inference"]
 
 
 def __getattr__(name: str) -> Any:

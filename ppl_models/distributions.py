@@ -260,16 +260,14 @@ def _log_bin_probability(n: Tensor, centre: Tensor, spread: Tensor, top: int) ->
     )
     log_narrow = torch.log(2 * d * mean_ratio / _SQRT_2PI) - m.square() / 2
 
-    closed = tail & ~is_open
+    # hi > 0 in every bin, so nothing overflows in the terms beyond it; only the logarithms need harmless arguments.
     z = torch.where(tail, lo, 1.0)
-    beyond = torch.special.erfcx(_SQRT_HALF * torch.where(closed, hi, 1.0)) * torch.exp(
-        -torch.where(closed, middle.abs() * width, 1.0)
-    )
-    log_tail = torch.log((torch.special.erfcx(_SQRT_HALF * z) - torch.where(closed, beyond, 0.0)) / 2) - z.square() / 2
+    beyond = torch.special.erfcx(_SQRT_HALF * hi) * torch.exp(-middle.abs() * width)
+    inside = torch.special.erfcx(_SQRT_HALF * z) - torch.where(tail & ~is_open, beyond, 0.0)
+    log_tail = torch.log(inside / 2) - z.square() / 2
 
-    closed = central & ~is_open
-    outside = torch.erfc(-_SQRT_HALF * torch.where(central, lo, -1.0))
-    beyond = torch.erfc(_SQRT_HALF * torch.where(closed, hi, 1.0))
-    log_central = torch.log1p(-(outside + torch.where(closed, beyond, 0.0)) / 2)
+    nearer_side = torch.erfc(-_SQRT_HALF * torch.where(central, lo, -1.0))
+    farther_side = torch.where(is_open, 0.0, torch.erfc(_SQRT_HALF * hi))
+    log_central = torch.log1p(-(nearer_side + farther_side) / 2)
 
     return torch.where(narrow, log_narrow, torch.where(tail, log_tail, log_central))

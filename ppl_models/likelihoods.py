@@ -159,7 +159,7 @@ class Normal(_LocationScale):
 
     Raises:
         ValueError: a scale that is not positive and finite; with Pyro's validation, also at the call, a sigma whose
-            square leaves its dtype (below 1.1e-17 or above 1.8e19 in float32).
+            square comes near the ends of its dtype (outside [1.1e-17, 1.8e19] in float32).
 
     Example:
         >>> likelihood = Normal(scale=0.5)
@@ -222,9 +222,10 @@ class Bernoulli(Likelihood):
     def check(self, x: Tensor, name: str = "x") -> None:
         """Floats, each exactly 0 or 1; see `Likelihood.check`."""
         expected = "exact 0 or 1 under a Bernoulli likelihood"
-        _refuse_grey_levels(x, name, expected, 'scale to [0, 1] (scaling "unit") and state a binarisation')
+        remedy = 'scale to [0, 1] (scaling "unit") and state a binarisation ("dynamic" or "fixed")'
+        _refuse_grey_levels(x, name, expected, remedy)
         _refuse_other_than_floats(x, name)
-        _refuse(x, (x != 0) & (x != 1), name, expected, 'state a binarisation ("dynamic" or "fixed")')
+        _refuse(x, (x != 0) & (x != 1), name, expected, remedy)
 
 
 class Categorical(Likelihood):
@@ -398,7 +399,7 @@ def _refuse(x: Tensor, bad: Tensor, name: str, expected: str, remedy: str) -> No
     if bad.any():
         index = bad.nonzero()[0].tolist()
         where = f"{name}{index}" if index else name
-        raise ValueError(f"{name}: expected {expected}, but {where} is {x[tuple(index)].item():g}; {remedy}")
+        raise ValueError(f"{name}: expected {expected}, but {where} is {x[tuple(index)].item():.9g}; {remedy}")
 
 
 def _refuse_other_than_tensor(x: Tensor, name: str) -> None:

@@ -81,6 +81,17 @@ class ModelGuidePair(nn.Module, ABC):
             x: data ``[*particles, B, *data_shape]``.
         """
 
+    def check_data(self, x: Tensor, name: str = "x") -> None:
+        """Refuses data outside the support of p(x | z), before any training; by default all finite data pass.
+
+        Args:
+            x: ``[N, *data_shape]``, as the programs will see them.
+            name: what the message calls them.
+
+        Raises:
+            ValueError: one sentence that names the first bad index, what was expected, and the remedy.
+        """
+
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """Runs :meth:`model`."""
         return self.model(x, size)

@@ -103,6 +103,10 @@ class VAE(ModelGuidePair):
             loc, scale = self.encoder(x)
             return pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
+    def check_data(self, x: Tensor, name: str = "x") -> None:
+        """Refuses data that the likelihood gives no probability to; see the base class."""
+        self.likelihood.check(x, name)
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments as nested descriptions; see :func:`ppl_models.registry.describe`."""
         return {

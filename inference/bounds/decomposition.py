@@ -105,6 +105,21 @@ def decompose_elbo(
             reasons.update(late)
 
 
+def closed_form_sites(model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """The sites whose term has a valid closed form, each with the sentence that says which.
+
+    Example:
+        >>> from ppl_models import LinearGaussian
+        >>> pair = LinearGaussian.random(data_dim=3, latent_dim=2, guide="mean_field")
+        >>> closed_form_sites(pair.model, pair.guide, torch.zeros(4, 3))
+        {'z': 'closed form: -KL(Normal || Normal)'}
+    """
+    reasons: dict[str, str] = {}
+    with torch.no_grad(), forked_rng():
+        plan = make_plan(model, guide, args, kwargs, vectorize=False)
+        return {name: reasons[name] for name in _closed_form_sites(plan, reasons)}
+
+
 def _closed_form_sites(plan: Plan, reasons: dict[str, str]) -> dict[str, Exact]:
     """Sites whose closed form is valid, with it; ``reasons`` receives one sentence for every site."""
     prototype = plan.prototype

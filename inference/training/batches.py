@@ -1,14 +1,16 @@
 """Batches in an order that depends on the seed and the epoch alone.
 
-The order of epoch e is one permutation of 0..N-1 drawn from (seed, e): the same in every process and after a resume, and
-torch's default generator is not touched. Global batch b is entries b*B..(b+1)*B-1 of it, the last one shorter where B does not
-divide N; of each global batch, process r of `world` takes entries r, r + world, ... So each datum is counted exactly once an
-epoch over all processes, and every process sees the same number of batches, of which its share of the last may be empty.
+The order of epoch e is one permutation of 0..N-1 drawn from (seed, e): the same in every process and after a resume,
+and torch's default generator is not touched. Global batch b is entries b*B..(b+1)*B-1 of it, the last one shorter where
+B does not divide N; of each global batch, process r of `world` takes entries r, r + world, ... So each datum is counted
+exactly once an epoch over all processes, and every process sees the same number of batches, of which its share of the
+last may be empty.
 
 The one constraint: a step's batch is a function of (seed, epoch, b, rank) and of nothing that happened before it.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from inference.training.scaling import to_tensor
-
-
-def first_entry(item: Any, name: str = "item") -> Tensor:
-    """The datum in one item of a map-style data set: the item itself, or the first entry of a tuple or list."""
-    return to_tensor(item[0] if isinstance(item, tuple | list) else item, name)
+from inference.training.items import first_entry, num_items
 
 
 def num_batches(num_data: int, batch_size: int) -> int:
@@ -70,7 +67,8 @@ def iterate(
     """One process's batches of one epoch.
 
     Args:
-        data: Tensor [N, *data_shape], batched by index where it lies; or a map-style Dataset, read through a DataLoader.
+        data: Tensor [N, *data_shape], batched by index where it lies; or a map-style Dataset, read through a
+            DataLoader.
         batch_size: B, of the global batch over all processes.
         epoch: >= 0; each has its own order.
         seed: of the run, >= 0.
@@ -82,8 +80,8 @@ def iterate(
         num_workers: of the DataLoader; without effect on tensors, and on the order.
 
     Yields:
-        (indices, x): LongTensor [b] on the data's device (the CPU for a Dataset), and data [b, *data_shape]; b may be 0 for a
-        process's share of the last batch.
+        (indices, x): LongTensor [b] on the data's device (the CPU for a Dataset), and data [b, *data_shape]; b may be 0
+        for a process's share of the last batch.
 
     Raises:
         ValueError: an argument out of its range, at the call and not at the first batch.
@@ -91,7 +89,7 @@ def iterate(
     >>> [i.tolist() for i, x in iterate(torch.zeros(5, 2), 2, epoch=0, seed=0, shuffle=False)]
     [[0, 1], [2, 3], [4]]
     """
-    num_data = len(data)  # type: ignore[arg-type]  # a map-style Dataset has a length; the base class does not say so
+    num_data = num_items(data)
     if num_data < 1 or batch_size < 1:
         raise ValueError(f"iterate: expected at least one datum and batch_size >= 1, got {num_data} and {batch_size}")
     total = num_batches(num_data, batch_size)
@@ -110,20 +108,21 @@ def iterate(
     return _load(data, shares, device, num_workers)
 
 
+def _collate(data: Dataset, items: list[Any]) -> Tensor:
+    if not items:
+        example = first_entry(data[0])
+        return example.new_empty((0, *example.shape))
+    return torch.stack([first_entry(item) for item in items])
+
+
 def _load(
     data: Dataset, shares: list[Tensor], device: torch.device | str | None, num_workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    def collate(items: list[Any]) -> Tensor:
-        if not items:
-            example = first_entry(data[0])
-            return example.new_empty((0, *example.shape))
-        return torch.stack([first_entry(item) for item in items])
-
     # A generator of its own: without one a DataLoader takes a number from torch's default generator at each epoch.
     loader: DataLoader = DataLoader(
         data,
         batch_sampler=[share.tolist() for share in shares],
-        collate_fn=collate,
+        collate_fn=partial(_collate, data),
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(0),
     )

@@ -312,7 +312,7 @@ def _to_bytes(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bytes
         if name == "__metadata__":
             raise ValueError("a tensor is named '__metadata__', which safetensors reserves; rename it")
         # A copy, because the format refuses tensors that share memory; contiguous, because it has no strides.
-        copies[name] = tensor.detach().to("cpu", copy=True).resolve_neg().contiguous()
+        copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
     # One metadata entry only: the order of several is random, and equal checkpoints should be equal files.
     return safetensors.torch.save(copies, metadata={"values": json.dumps(plain)})
 

@@ -1,12 +1,13 @@
 """Data for training: a `DataSet` states what its numbers are, and every one that exists has been checked.
 
-Shapes are [N, *data_shape]. Scaling and binarisation (see `scaling`) are part of a likelihood's validity: they are stated, kept in the
-data set, recorded in a run by `describe`, and never guessed. Held-out data are for evaluation, so their binarisation is drawn
-once, with a fixed seed, under "dynamic" as under "fixed": the bound on them is the same number each time. Training data stay grey
-under "dynamic", and are to be passed through `binarize` at each use (which leaves zeros and ones as they are).
+Shapes are [N, *data_shape]. Scaling and binarisation (see `scaling`) are part of a likelihood's validity: they are
+stated, kept in the data set, recorded in a run by `describe`, and never guessed. Held-out data are for evaluation, so
+their binarisation is drawn once, with a fixed seed, under "dynamic" as under "fixed": the bound on them is the same
+number each time. Training data stay grey under "dynamic", and are to be passed through `binarize` at each use (which
+leaves zeros and ones as they are).
 
-The one constraint: data in memory are checked whole before the first step; a `Dataset` that is read at each use is checked item
-by item as it is read, its first items at once.
+The one constraint: data in memory are checked whole before the first step; a `Dataset` that is read at each use is
+checked item by item as it is read, its first items at once.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from inference.training.batches import epoch_order, first_entry, iterate, num_batches
+from inference.training.batches import epoch_order, iterate, num_batches
 from inference.training.densities import TOY_DENSITIES, log_density
+from inference.training.items import FIRST_ITEMS, Items, first_entry, num_items
 from inference.training.scaling import (
     BINARIZATIONS,
     SCALINGS,
@@ -54,7 +56,6 @@ __all__ = [
 ]
 
 _SPLIT_SEEDS = {"train": 0, "test": 1}
-_FIRST_ITEMS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class DataSet:
         test: the held-out part, of the same layout, or None.
         train_labels: LongTensor [N], or None.
         test_labels: LongTensor, or None.
-        levels: the number of levels of quantised data, or None for continuous data.
+        levels: the number of levels of quantised data (of the grey values, before any binarisation); None: continuous.
         scaling: one of `SCALINGS`.
         binarization: one of `BINARIZATIONS`; "dynamic": `train` holds probabilities, to be passed through `binarize`.
         kind: "image" or "point".
@@ -107,7 +108,7 @@ class DataSet:
                     f"{name}: expected data of shape {list(self.data_shape)}, got {list(shape)}; reshape them"
                 )
             if labels is not None:
-                _check_labels(labels, f"{name}_labels", 0 if x is None else _length(x))
+                _check_labels(labels, f"{name}_labels", 0 if x is None else num_items(x))
 
     @property
     def data_shape(self) -> torch.Size:
@@ -117,12 +118,12 @@ class DataSet:
     @property
     def num_train(self) -> int:
         """The number of training data."""
-        return _length(self.train)
+        return num_items(self.train)
 
     @property
     def num_test(self) -> int:
         """The number of held-out data, 0 where there are none."""
-        return 0 if self.test is None else _length(self.test)
+        return 0 if self.test is None else num_items(self.test)
 
     def describe(self) -> dict[str, Any]:
         """What a run records of its data: plain numbers, strings and lists, ready for JSON.
@@ -144,35 +145,6 @@ class DataSet:
         }
 
 
-class Items(Dataset[Tensor]):
-    """A map-style Dataset whose items are checked and scaled as they are read, and binarised once and for all where asked.
-
-    Args:
-        data: a map-style Dataset; items are tensors (or arrays), or tuples whose first entry is one.
-        name: in messages: "train" or "test".
-        levels: as in `DataSet`.
-        scaling: as in `DataSet`.
-        binarize: whether each item is drawn from Bernoulli(item), from a seed of its own index: the same at every read.
-    """
-
-    def __init__(self, data: Dataset, name: str, *, levels: int | None, scaling: str, binarize: bool = False) -> None:
-        self.data, self.name, self.levels, self.scaling, self.binarize = data, name, levels, scaling, binarize
-        if len(self) < 1:
-            raise DataError(f"{name}: expected at least one datum, got an empty Dataset; check where it reads from")
-        self.data_shape = first_entry(data[0], f"{name} item 0").shape
-        for index in range(min(len(self), _FIRST_ITEMS)):
-            self[index]
-
-    def __len__(self) -> int:
-        return _length(self.data)
-
-    def __getitem__(self, index: int) -> Tensor:
-        name = f"{self.name} item {index}: x"
-        x = scale(first_entry(self.data[index], name), name, levels=self.levels, scaling=self.scaling)
-        check_data(x.unsqueeze(0), f"{self.name} item {index}", tuple(self.data_shape))
-        return binarize_fixed(x, _SPLIT_SEEDS[self.name], index) if self.binarize else x
-
-
 def load_data(
     spec: str, *, scaling: str | None = None, binarization: str | None = None, image_size: int | None = None
 ) -> DataSet:
@@ -181,7 +153,8 @@ def load_data(
     Args:
         spec: one of `list_data()`: "digits", a toy density, "mnist:FOLDER", "npz:FILE" or "images:FOLDER".
         scaling: of quantised data; None: "none", counts 0..levels-1 as floating point numbers. Continuous data are
-            never changed: "none" for toy densities; for floats in an npz file a statement that is checked, as in `as_dataset`.
+            never changed: "none" for toy densities; for floats in an npz file a statement that is checked, as in
+            `as_dataset`.
         binarization: one of `BINARIZATIONS`, None: "none"; needs scaling "unit".
         image_size: side in pixels, for "images:FOLDER" only.
 
@@ -231,11 +204,11 @@ def as_dataset(
     """A `DataSet` from what a caller has at hand.
 
     Args:
-        data: Tensor or ndarray [N, *data_shape]; map-style torch Dataset, of tensors or of tuples whose first entry is one;
-            a `DataSet`, which is returned; or a string, for `load_data`.
+        data: Tensor or ndarray [N, *data_shape]; map-style torch Dataset, of tensors or of tuples whose first entry is
+            one; a `DataSet`, which is returned; or a string, for `load_data`.
         test: the held-out part, a Tensor, ndarray or Dataset.
-        scaling: states what the values are. Integers are counts, converted to it; floating point numbers are already so, and are
-            checked. None: "none", refused where the values look like unscaled pixel counts.
+        scaling: states what the values are. Integers are counts, converted to it; floating point numbers are already
+            so, and are checked. None: "none", refused where the values look like unscaled pixel counts.
         binarization: one of `BINARIZATIONS`, None: "none"; needs scaling "unit".
         levels: the number of levels of quantised data; None: continuous data.
         test_fraction: of the data to hold out by a permutation with seed 0, in (0, 1), instead of `test`.
@@ -256,8 +229,8 @@ def as_dataset(
             return load_data(data, scaling=scaling, binarization=binarization)
         if scaling not in (None, data.scaling) or binarization not in (None, data.binarization):
             raise DataError(
-                f"data: the DataSet states scaling {data.scaling!r} and binarization {data.binarization!r}, got {scaling!r} "
-                f"and {binarization!r}; make it with these instead"
+                f"data: the DataSet states scaling {data.scaling!r} and binarization {data.binarization!r}, "
+                f"got {scaling!r} and {binarization!r}; make it with these instead"
             )
         return data
     train = _tensor_or_dataset(data, "train")
@@ -268,88 +241,73 @@ def as_dataset(
         if held_out is not None:
             raise DataError("test and test_fraction: expected one of them, got both; leave one out")
         train, held_out = _split(train, test_fraction)
-        split = f"seed-0 permutation, {_length(train)}/{_length(held_out)}"
+        split = f"seed-0 permutation, {num_items(train)}/{num_items(held_out)}"
     return _state(Source(name, train, held_out, levels, split), scaling, binarization)
 
 
 def list_data() -> list[dict[str, Any]]:
     """What `load_data` knows, a row each: spec, what, kind, shape, num_train, num_test, levels, scaling, binarization.
 
-    Nothing is loaded; an entry that depends on the file is None. `scaling` lists the scalings that can be asked for.
+    Nothing is loaded; None is what depends on the file. `scaling` and `binarization` list what can be asked for.
 
     >>> [row["spec"] for row in list_data()][:3]
     ['digits', 'two_moons', 'rings']
     """
-
-    def row(spec: str, what: str, kind: str | None, shape: list[int] | None, counts: tuple, levels: int | None) -> dict:
-        quantised = kind != "point"
-        return {
-            "spec": spec,
-            "what": what,
-            "kind": kind,
-            "shape": shape,
-            "num_train": counts[0],
-            "num_test": counts[1],
-            "levels": levels,
-            "scaling": list(SCALINGS) if quantised else ["none"],
-            "binarization": list(BINARIZATIONS) if quantised else ["none"],
-        }
-
-    unknown = (None, None)
-    return [
-        row("digits", "handwritten digits of scikit-learn, real", "image", [8, 8], (1500, 297), 17),
-        *(row(name, toy.formula, "point", [2], (8000, 2000), None) for name, toy in TOY_DENSITIES.items()),
-        row("mnist:FOLDER", "the four idx files of MNIST or its like, gzipped or not", "image", None, unknown, 256),
-        row(
-            "npz:FILE",
-            "numpy arrays: train, optionally test, train_labels, test_labels, levels",
-            None,
-            None,
-            unknown,
-            None,
-        ),
-        row(
-            "images:FOLDER",
-            "png and jpg files, or train/ and test/ with them (needs pillow)",
+    columns = ("spec", "what", "kind", "shape", "num_train", "num_test", "levels")
+    toys = [(name, toy.formula, "point", [2], 8000, 2000, None) for name, toy in TOY_DENSITIES.items()]
+    folder = "png and jpg files, or train/ and test/ with them (needs ppl-models[images])"
+    arrays = "numpy arrays: train; optionally test, train_labels, test_labels, levels"
+    entries = [
+        ("digits", "scikit-learn's handwritten digits", "image", [8, 8], 1500, 297, 17),
+        *toys,
+        (
+            "mnist:FOLDER",
+            "MNIST's four idx files, gzipped or not, or a set like it",
             "image",
-            None,
-            unknown,
+            [28, 28],
+            60000,
+            10000,
             256,
         ),
+        ("npz:FILE", arrays, None, None, None, None, None),
+        ("images:FOLDER", folder, "image", None, None, None, 256),
     ]
+    rows: list[dict[str, Any]] = [dict(zip(columns, entry, strict=True)) for entry in entries]
+    for row in rows:
+        continuous = row["kind"] == "point"
+        row["scaling"] = ["none"] if continuous else list(SCALINGS)
+        row["binarization"] = ["none"] if continuous else list(BINARIZATIONS)
+    return rows
 
 
 def _state(source: Source, scaling: str | None, binarization: str | None) -> DataSet:
-    binarization = "none" if binarization is None else binarization
-    _check_choice("binarization", binarization, BINARIZATIONS)
-    parts: dict[str, Tensor | Dataset | None] = {"train": source.train, "test": source.test}
-    if scaling is None:
-        for name, x in parts.items():
-            if x is not None:
-                refuse_unscaled(_first_rows(x, name), name)
-    scaling = "none" if scaling is None else scaling
-    _check_choice("scaling", scaling, SCALINGS)
-    for name, x in parts.items():
-        draw = scaling == "unit" and (binarization == "fixed" or (binarization == "dynamic" and name == "test"))
+    """The source's values under the stated scaling and binarisation; unstated is "none", where that is plausible."""
+    stated, drawn = "none" if scaling is None else scaling, "none" if binarization is None else binarization
+
+    def part(x: Tensor | Dataset, name: str) -> Tensor | Dataset:
+        binary = stated == "unit" and (drawn == "fixed" or (drawn == "dynamic" and name == "test"))
+        seed = _SPLIT_SEEDS[name] if binary else None
+        result: Tensor | Dataset
         if isinstance(x, Tensor):
-            if x.is_floating_point() or x.numel() == 0:
-                check_data(x, name)
-            scaled = scale(x, name, levels=source.levels, scaling=scaling)
-            parts[name] = binarize_fixed(scaled, _SPLIT_SEEDS[name]) if draw else scaled
-        elif x is not None:
-            parts[name] = Items(x, name, levels=source.levels, scaling=scaling, binarize=draw)
-    train = parts["train"]
-    assert train is not None
-    dims = train.dim() - 1 if isinstance(train, Tensor) else len(train[0].shape)
+            result = scale(x, name, levels=source.levels, scaling=stated)
+            result = result if seed is None else binarize_fixed(result, seed)
+        else:
+            result = Items(x, name, levels=source.levels, scaling=stated, seed=seed)
+        if scaling is None:
+            refuse_unscaled(_first_rows(x, name), name)
+        return result
+
+    train = part(source.train, "train")
+    dims = train.dim() - 1 if isinstance(train, Tensor) else first_entry(train[0]).dim()
     return DataSet(
         name=source.name,
         train=train,
-        test=parts["test"],
+        test=None if source.test is None else part(source.test, "test"),
         train_labels=source.train_labels,
         test_labels=source.test_labels,
         levels=source.levels,
-        scaling=scaling,
-        binarization=binarization,
+        scaling=stated,
+        binarization=drawn,
         kind="image" if dims >= 2 else "point",
         split=source.split,
     )
@@ -367,12 +325,13 @@ def _tensor_or_dataset(x: Any, name: str) -> Tensor | Dataset:
 
 
 def _split(data: Tensor | Dataset, fraction: float) -> tuple[Tensor | Dataset, Tensor | Dataset]:
-    num_test = round(fraction * _length(data))
-    if not (0 < fraction < 1 and 0 < num_test < _length(data)):
+    num_test = round(fraction * num_items(data))
+    if not (0 < fraction < 1 and 0 < num_test < num_items(data)):
         raise DataError(
-            f"test_fraction: expected a number in (0, 1) that leaves data on both sides of {_length(data)}, got {fraction}"
+            f"test_fraction: expected a number in (0, 1) that leaves some of {num_items(data)} data on both sides, "
+            f"got {fraction}; choose another"
         )
-    order = torch.from_numpy(np.random.default_rng(0).permutation(_length(data)))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(num_items(data)))
     train, test = order[num_test:], order[:num_test]
     if isinstance(data, Tensor):
         return data[train.to(data.device)], data[test.to(data.device)]
@@ -380,14 +339,10 @@ def _split(data: Tensor | Dataset, fraction: float) -> tuple[Tensor | Dataset, T
 
 
 def _first_rows(x: Tensor | Dataset, name: str) -> Tensor:
-    """All of a tensor; of a Dataset its first items' values in one row, whatever their shapes, which are checked later."""
+    """All of a tensor; of a Dataset its first items' values in one row."""
     if isinstance(x, Tensor):
         return x
-    return torch.cat([first_entry(x[i], f"{name} item {i}").flatten() for i in range(min(_length(x), _FIRST_ITEMS))])
-
-
-def _length(x: Tensor | Dataset) -> int:
-    return len(x)  # type: ignore[arg-type]  # a map-style Dataset has a length; the base class does not say so
+    return torch.cat([first_entry(x[i], f"{name} item {i}").flatten() for i in range(min(num_items(x), FIRST_ITEMS))])
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -398,5 +353,6 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_labels(labels: Tensor, name: str, num: int) -> None:
     if labels.dtype != torch.int64 or labels.shape != (num,):
         raise DataError(
-            f"{name}: expected one int64 label a datum, shape [{num}], got {labels.dtype} {list(labels.shape)}; correct them"
+            f"{name}: expected one int64 label a datum, shape [{num}], got {labels.dtype} {list(labels.shape)}; "
+            "correct them"
         )

@@ -1,10 +1,10 @@
 r"""Toy densities in two dimensions, each with exact samples *and* an exact, normalised log density.
 
-With $\log p(x)$ known, the total error of a fitted model splits into its modelling and its inference error. Every density is
-a uniform mixture of components $k$, and every component is a bijection of independent variables with a known Jacobian. Noise
-is therefore put where the Jacobian is simple: on the radius (in polar coordinates, Jacobian $1/\rho$), not on x, of rings,
-moons and the roll. A normal radius can be negative, with negligible probability; the densities count it all the same (a
-negative radius at angle t is a positive one at t + pi), so that they are exact.
+With $\log p(x)$ known, the total error of a fitted model splits into its modelling and its inference error. Every
+density is a uniform mixture of components $k$, and every component is a bijection of independent variables with a known
+Jacobian. Noise is therefore put where the Jacobian is simple: on the radius (in polar coordinates, Jacobian $1/\rho$),
+not on x, of rings, moons and the roll. A normal radius can be negative, with negligible probability; the densities
+count it all the same (a negative radius at angle t is a positive one at t + pi), so that they are exact.
 
 The one constraint: sampler and log density of a name are written apart, never one from the other, so that a test can
 hold them against each other.
@@ -37,8 +37,8 @@ def log_density(name: str, x: Tensor) -> Tensor:
         x: points, [..., 2].
 
     Returns:
-        log p(x) in nats, [...]; minus infinity outside the support. At the centre of a polar density, where the Jacobian is
-        singular, it is plus infinity.
+        log p(x) in nats, [...]; minus infinity outside the support. At the centre of a polar density, where the
+        Jacobian is singular, it is plus infinity.
 
     Raises:
         ValueError: an unknown name, or a last dimension other than 2.

@@ -1,17 +1,17 @@
 r"""What the numbers in a data tensor mean: levels, scaling, binarisation.
 
-Quantised data are counts $k \in \{0, ..., K-1\}$ of $K$ levels (17 for the digits, 256 for 8-bit images). A scaling says on
-which grid they reach the likelihood:
+Quantised data are counts $k \in \{0, ..., K-1\}$ of $K$ levels (17 for the digits, 256 for 8-bit images). A scaling
+says on which grid they reach the likelihood:
 
     "none"       k              the counts themselves, as floating point numbers
     "unit"       k / (K - 1)    in [0, 1]
     "symmetric"  (2k - (K - 1)) / (K - 1) = -1 + 2k / (K - 1)    in [-1, 1], the grid of a discretised normal
     "classes"    k              as int64, for a categorical likelihood
 
-A likelihood is valid on one of them only, so nothing here guesses. Convention: **integers are counts, and are converted;
-floating point numbers are already scaled as stated, and are checked.** Binarisation reads a grey value in [0, 1] as a
-probability: $x \sim \mathrm{Bernoulli}(x)$, once ("fixed") or anew at each use ("dynamic"; Burda, Grosse and Salakhutdinov,
-2016, arXiv:1509.00519, say which they use because the bounds are not comparable across the two).
+A likelihood is valid on one of them only, so nothing here guesses. Convention: **integers are counts, and are
+converted; floating point numbers are already scaled as stated, and are checked.** Binarisation reads a grey value in
+[0, 1] as a probability: $x \sim \mathrm{Bernoulli}(x)$, once ("fixed") or anew at each use ("dynamic"; Burda, Grosse
+and Salakhutdinov, 2016, arXiv:1509.00519, say which they use because the bounds are not comparable across the two).
 
 The one constraint: every refusal is a `DataError` that names the tensor, the first bad index and the remedy.
 """
@@ -22,11 +22,12 @@ from torch import Tensor
 
 SCALINGS = ("none", "unit", "symmetric", "classes")
 BINARIZATIONS = ("none", "dynamic", "fixed")
+COUNT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 RANGES = {"unit": (0.0, 1.0), "symmetric": (-1.0, 1.0)}
 
 
 class DataError(ValueError):
-    """Data that no training step should see: one sentence with the tensor, the index, what was expected and the remedy."""
+    """Data that no training step should see; one sentence: the tensor, the index, what was expected and the remedy."""
 
 
 def to_tensor(x: object, name: str = "train") -> Tensor:
@@ -72,31 +73,30 @@ def check_data(x: object, name: str = "train", data_shape: tuple[int, ...] | Non
         data_shape: the shape of one datum, where it is known.
 
     Raises:
-        DataError: not a tensor, another dtype, no rows, another shape, NaN or an infinity (with its first index).
+        DataError: not a tensor, no rows, another dtype, another shape, NaN or an infinity (with its first index).
 
-    >>> check_data(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
-    Traceback (most recent call last):
-    ...
-    inference.training.scaling.DataError: train[1, 0] = nan: expected finite numbers; drop or repair row 1
+    >>> try:
+    ...     check_data(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
+    ... except DataError as error:
+    ...     print(error)
+    train[1, 0] = nan: expected finite numbers; drop or repair that datum
     """
     if not isinstance(x, Tensor):
         to_tensor(x, name)
         raise DataError(f"{name}: expected a torch Tensor, got {type(x).__name__}; pass it through torch.as_tensor")
+    if x.dim() == 0 or x.numel() == 0:
+        raise DataError(f"{name}: expected data [N, *data_shape] with N >= 1, got shape {list(x.shape)}; provide rows")
     if not (x.is_floating_point() or x.dtype == torch.int64):
         raise DataError(
             f"{name}: expected floating point numbers, or int64 for classes, got {x.dtype}; "
             "convert with .float() and state the scaling"
         )
-    if x.dim() == 0 or x.numel() == 0:
-        raise DataError(f"{name}: expected at least one datum, [N, *data_shape] with N >= 1, got shape {list(x.shape)}")
     if data_shape is not None and tuple(x.shape[1:]) != tuple(data_shape):
         raise DataError(
             f"{name}: expected data of shape {list(data_shape)}, got {list(x.shape[1:])} "
             f"(the whole is {list(x.shape)}, first dimension the data); reshape the data or change the model"
         )
-    if x.is_floating_point() and not bool((finite := torch.isfinite(x)).all()):
-        index = _first_index(~finite)
-        raise DataError(f"{_entry(name, x, index)}: expected finite numbers; drop or repair row {index[0]}")
+    _check_finite(x, name)
 
 
 def grid(levels: int, scaling: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -134,18 +134,20 @@ def scale(x: Tensor, name: str, *, levels: int | None, scaling: str) -> Tensor:
         scaling: one of `SCALINGS`.
 
     Returns:
-        Tensor of x's shape: int64 for "classes", else floating point (x's own dtype, or for counts torch's default dtype).
+        Tensor of x's shape: int64 for "classes", else floating point: x's own dtype, or for counts torch's default.
 
     Raises:
-        DataError: counts outside 0..levels-1, counts without `levels`, values outside the range or off the grid.
+        DataError: another dtype, NaN or an infinity, counts outside 0..levels-1, counts above 1 without `levels`,
+            values outside the range or off the grid.
 
     >>> scale(torch.tensor([0, 8, 16]), "train", levels=17, scaling="symmetric").tolist()
     [-1.0, 0.0, 1.0]
     """
     if x.is_floating_point():
+        _check_finite(x, name)
         check_scaled(x, name, levels=levels, scaling=scaling)
         return x.long() if scaling == "classes" else x
-    if x.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+    if x.dtype not in COUNT_DTYPES:
         raise DataError(
             f"{name}: expected floating point numbers or integer counts, got {x.dtype}; convert with .float()"
         )
@@ -154,15 +156,16 @@ def scale(x: Tensor, name: str, *, levels: int | None, scaling: str) -> Tensor:
             return x.to(torch.get_default_dtype())
         if bool((above := x > 1).any()):
             raise DataError(
-                f"{_entry(name, x, _first_index(above))}: integers are counts, and scaling {scaling!r} needs the number "
-                "of levels; state it, such as levels=256 for 8-bit pixels"
+                f"{_entry(name, x, _first_index(above))}: integers are counts, and scaling {scaling!r} needs the "
+                "number of levels; state it, such as levels=256 for 8-bit pixels"
             )
         levels = 2
+    values = grid(levels, scaling).to(x.device)
     if bool((bad := (x < 0) | (x > levels - 1)).any()):
         raise DataError(
-            f"{_entry(name, x, _first_index(bad))}: expected counts in 0..{levels - 1}; correct levels={levels} or the data"
+            f"{_entry(name, x, _first_index(bad))}: expected counts in 0..{levels - 1}; "
+            f"correct levels={levels} or the data"
         )
-    values = grid(levels, scaling).to(x.device)
     return values.index_select(0, x.flatten().int()).reshape(x.shape)
 
 
@@ -176,7 +179,7 @@ def check_scaled(x: Tensor, name: str, *, levels: int | None, scaling: str) -> N
         scaling: one of `SCALINGS`.
 
     Raises:
-        DataError: outside the range, or further than 1e-3 of a level from the grid.
+        DataError: outside the range, or off the grid by more than 1e-3 of a level and the dtype's own rounding.
     """
     if levels is None:
         if scaling == "classes":
@@ -191,8 +194,9 @@ def check_scaled(x: Tensor, name: str, *, levels: int | None, scaling: str) -> N
             "scale the data so, or pass integer counts with their levels to have them scaled"
         )
     if levels is not None:
-        k = (x - low) * ((levels - 1) / (high - low))
-        if bool((off := (k - k.round()).abs() > 1e-3).any()):
+        k = x.sub(low).mul_((levels - 1) / (high - low))
+        tolerance = 1e-3 + (levels - 1) * torch.finfo(k.dtype).eps
+        if bool((off := k.sub_(k.round()).abs_() > tolerance).any()):
             raise DataError(
                 f"{_entry(name, x, _first_index(off))}: not on the grid of {levels} levels from {low:g} to {high:g}; "
                 "correct levels, or leave it out for continuous data"
@@ -214,8 +218,8 @@ def refuse_unscaled(x: Tensor, name: str) -> None:
     whole = not x.is_floating_point() or bool(((x >= 0) & (x <= 255) & (x == x.round())).all())
     if whole:
         raise DataError(
-            f"{_entry(name, x, _first_index(above))}: the data look like unscaled counts such as pixels in 0..255; state "
-            "scaling='unit' or 'symmetric' with levels=256 to have integers scaled, or scaling='none' to keep them"
+            f"{_entry(name, x, _first_index(above))}: the data look like unscaled counts such as pixels in 0..255; "
+            "state scaling='unit' or 'symmetric' and levels=256 to have integers scaled, scaling='none' to keep them"
         )
 
 
@@ -253,6 +257,11 @@ def binarize_fixed(x: Tensor, *seed: int) -> Tensor:
     """
     number = seed[0] if len(seed) == 1 else int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
     return binarize(x, torch.Generator().manual_seed(number))
+
+
+def _check_finite(x: Tensor, name: str) -> None:
+    if x.is_floating_point() and not bool((finite := torch.isfinite(x)).all()):
+        raise DataError(f"{_entry(name, x, _first_index(~finite))}: expected finite numbers; drop or repair that datum")
 
 
 def _first_index(bad: Tensor) -> tuple[int, ...]:

@@ -1,22 +1,21 @@
 """Readers: what lies in a file, as integers or floats that nobody has scaled yet.
 
-Each reader returns a `Source`: the values as they are stored (uint8 counts for images), the number of levels where it is
-known, and how the held-out part was split off. What is done to the values is decided in `datasets`.
+Each reader returns a `Source`: the values as they are stored (uint8 counts for images), the number of levels where it
+is known, and how the held-out part was split off. What is done to the values is decided in `datasets`.
 
-The one constraint: files are not trusted. Nothing is unpickled; headers are checked against the bytes that are there before
-anything is allocated; names and links that leave their folder are refused; every refusal is a `DataError` naming the file.
+The one constraint: files are not trusted. Nothing is unpickled; a header and the bytes that are there must agree, and no
+more is read than it states; names and links that leave their folder are refused; every refusal is a `DataError` naming
+the file.
 """
 
 import gzip
 import math
 import struct
-import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -24,9 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from inference.training import densities
+from inference.training.images import ImageFiles, image_paths
 from inference.training.scaling import DataError, to_tensor
-
-IN_MEMORY_VALUES = 2**28  # values of an image folder that are kept in memory: 1 GiB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +41,7 @@ class Source:
 
 
 def read_digits() -> Source:
-    """scikit-learn's 1797 handwritten digits, 8x8, 17 levels; 1500 for training and 297 held out by a seed-0 permutation."""
+    """scikit-learn's 1797 handwritten digits, 8x8, 17 levels; 297 of them held out by a seed-0 permutation."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -56,7 +54,7 @@ def read_digits() -> Source:
 
 
 def read_toy(name: str) -> Source:
-    """8000 training and 2000 held-out points of a toy density, drawn with seed 0; labels are the mixture's components."""
+    """8000 training and 2000 held-out points of a toy density, drawn with seed 0; labels: the mixture's components."""
     points, component = densities.draw(name, 10_000, np.random.default_rng(0))
     x, k = to_tensor(points), torch.from_numpy(component)
     return Source(name, x[:8000], x[8000:], None, "drawn with seed 0, 8000/2000", k[:8000], k[8000:])
@@ -66,8 +64,8 @@ def read_mnist(folder: Path) -> Source:
     """The four idx files of MNIST and of the sets in its format, gzipped or not.
 
     Args:
-        folder: holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte,
-            each as it is or with .gz (as it is comes first).
+        folder: holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
+            t10k-labels-idx1-ubyte, each as it is or with .gz (as it is comes first).
 
     Returns:
         Source with uint8 images [N, rows, columns], 256 levels and labels.
@@ -96,7 +94,7 @@ def read_mnist(folder: Path) -> Source:
 
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
-    """One idx file of unsigned bytes: 0, 0, 8, dims; each dimension as a big-endian uint32; the values, and nothing after.
+    """One idx file of unsigned bytes: 0, 0, 8, dims; each dimension as a big-endian uint32; the values; nothing after.
 
     Args:
         path: the file; gzip if its name ends in .gz.
@@ -138,17 +136,17 @@ def read_npz(path: Path) -> Source:
     """A numpy archive of plain arrays, never unpickled.
 
     Args:
-        path: an .npz with `train` (or `x`, or one array of any name); optionally `test`, `train_labels`, `test_labels`, and
-            `levels`, one integer. Other arrays are checked like these and not used.
+        path: an .npz with `train` (or `x`, or one array of any name); optionally `test`, `train_labels`, `test_labels`,
+            and `levels`, one integer. Other arrays are checked like these and not used.
 
     Returns:
         Source with integers as counts (levels: as stored, else 2 for zeros and ones, else 256), floats as continuous.
 
     Raises:
-        DataError: not an archive, a member that is no array, holds objects or has a name that leaves the archive, no `train`.
+        DataError: no archive, no `train`, or a member that is no array, holds objects or is named to leave the archive.
     """
     arrays = _read_arrays(path)
-    main = next((name for name in ("train", "x") if name in arrays), None)
+    main: str | None = next((name for name in ("train", "x") if name in arrays), None)
     if main is None and len(arrays) == 1:
         (main,) = arrays
     if main is None:
@@ -157,6 +155,7 @@ def read_npz(path: Path) -> Source:
     train = to_tensor(arrays[main], main)
     test = to_tensor(arrays["test"], "test") if "test" in arrays else None
     labels = {name: to_tensor(arrays[name], name) for name in ("train_labels", "test_labels") if name in arrays}
+    labels = {name: x.long() if x.dtype == torch.uint8 else x for name, x in labels.items()}
     levels = None
     if "levels" in arrays:
         if arrays["levels"].size != 1 or arrays["levels"].dtype.kind not in "ui":
@@ -182,7 +181,9 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
                 if not name.endswith(".npy"):
                     raise DataError(f"{path}: member {name!r} is no .npy array; expected an archive from numpy.savez")
                 with archive.open(info) as file:
-                    arrays[name.removesuffix(".npy")] = _read_array(file, info.file_size, f"{path}: {name}")
+                    _check_header(file, info.file_size, f"{path}: {name}")
+                with archive.open(info) as file:  # opened anew, not rewound: a seek may switch off the checksum
+                    arrays[name.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
     except DataError:
         raise
     except (OSError, EOFError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
@@ -192,7 +193,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _read_array(file: IO[bytes], num_bytes: int, name: str) -> np.ndarray:
+def _check_header(file: IO[bytes], num_bytes: int, name: str) -> None:
     version = np.lib.format.read_magic(file)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read_header:
@@ -209,8 +210,6 @@ def _read_array(file: IO[bytes], num_bytes: int, name: str) -> np.ndarray:
         raise DataError(
             f"{name}: header states {list(shape)} {dtype}, {stated} bytes, found {there}; write the file anew"
         )
-    file.seek(0)
-    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def read_images(folder: Path, image_size: int | None = None) -> Source:
@@ -221,80 +220,19 @@ def read_images(folder: Path, image_size: int | None = None) -> Source:
         image_size: None: all must have one size; else each is cropped to its central square and resized to this side.
 
     Returns:
-        Source with 256 levels; uint8 tensors up to `IN_MEMORY_VALUES` values, else Datasets that read at each use.
+        Source with 256 levels; uint8 tensors up to `images.IN_MEMORY_VALUES` values, else Datasets that read at each
+        use.
 
     Raises:
-        DataError: no pillow, no images, unreadable or oversized ones, links that leave the folder, sizes or modes that differ.
+        DataError: no pillow, no images, unreadable or oversized ones, links that leave the folder, sizes that differ.
     """
     if image_size is not None and image_size < 1:
         raise DataError(f"image_size: expected the side in pixels, at least 1, got {image_size}")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with png or jpg files")
     train_folder = folder / "train" if (folder / "train").is_dir() else folder
-    train = ImageFiles(_image_paths(train_folder, folder), image_size).in_memory_if_small()
+    train = ImageFiles(image_paths(train_folder, folder), image_size).in_memory_if_small()
     test = None
     if (folder / "test").is_dir():
-        test = ImageFiles(_image_paths(folder / "test", folder), image_size).in_memory_if_small()
+        test = ImageFiles(image_paths(folder / "test", folder), image_size).in_memory_if_small()
     return Source(f"images:{folder}", train, test, 256, "as in the folders")
-
-
-def _image_paths(folder: Path, root: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    if not paths:
-        raise DataError(f"{folder}: no png or jpg files; expected images in it, or in its sub-folders train/ and test/")
-    for path in paths:
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise DataError(f"{path}: a link that leaves {root}; copy the file into the folder")
-    return paths
-
-
-class ImageFiles(Dataset[Tensor]):
-    """Image files as uint8 tensors, read at each use; their headers are all compared when it is made."""
-
-    def __init__(self, paths: Sequence[Path], image_size: int | None = None) -> None:
-        self.paths, self.image_size = list(paths), image_size
-        headers = [self._read(path, decode=False) for path in self.paths]
-        for path, header in zip(self.paths, headers, strict=True):
-            if header != headers[0]:
-                raise DataError(
-                    f"{path}: {header[0]} {header[1]}, but {self.paths[0].name} is {headers[0][0]} {headers[0][1]}; "
-                    "expected one mode and size, convert the files (or give image_size for sizes that differ)"
-                )
-        mode, (width, height) = headers[0]
-        self.data_shape = (height, width) if mode == "L" else (3, height, width)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        pixels = torch.from_numpy(self._read(self.paths[index], decode=True))
-        return pixels.movedim(-1, 0).contiguous() if pixels.dim() == 3 else pixels
-
-    def in_memory_if_small(self) -> "Tensor | ImageFiles":
-        """The images as one tensor where they are at most `IN_MEMORY_VALUES` values, else itself."""
-        if len(self) * math.prod(self.data_shape) > IN_MEMORY_VALUES:
-            return self
-        return torch.stack([self[i] for i in range(len(self))])
-
-    def _read(self, path: Path, *, decode: bool) -> Any:
-        try:
-            from PIL import Image, ImageOps
-        except ImportError as error:
-            raise DataError("images: reading image files needs pillow; install ppl-models[images]") from error
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # pillow only warns of a decompression bomb of moderate size
-                with Image.open(path, formats=("PNG", "JPEG")) as image:
-                    if image.mode not in ("L", "RGB"):
-                        raise DataError(
-                            f"{path}: expected a grey (L) or RGB image, got mode {image.mode}; convert the file"
-                        )
-                    side = self.image_size
-                    if not decode:
-                        return image.mode, image.size if side is None else (side, side)
-                    fitted = image if side is None else ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-                    return np.array(fitted)
-        except DataError:
-            raise
-        except Exception as error:  # a decoder fed with a damaged file raises anything from SyntaxError to struct.error
-            raise DataError(f"{path}: cannot be read as png or jpg ({error}); replace or remove the file") from error

@@ -395,6 +395,13 @@ class _PlainDumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def _string(self, value: str) -> yaml.ScalarNode:
+        # Only in double quotes does every line separator of Unicode come back as it was.
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
+
+_PlainDumper.add_representer(str, _PlainDumper._string)
+
 
 class _PlainLoader(yaml.SafeLoader):
     """Refuses a key that stands twice, of which plain YAML readers keep the last without a word."""

@@ -1,0 +1,1 @@
+"""Training a pair: data, objective, loop, checkpoints, runs."""

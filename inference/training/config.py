@@ -1,0 +1,92 @@
+"""How a run is trained: every choice in one checked, printable object.
+
+A configuration is plain values with bounds; unknown keys are refused. It is stored in the RUN folder as text, and a run
+is only ever resumed under the very configuration that it was started with.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; one sentence a fault."""
+
+
+class TrainConfig(BaseModel):
+    """Options of :func:`inference.fit`, with their defaults.
+
+    Example:
+        >>> TrainConfig(epochs=5).learning_rate
+        0.001
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(100, ge=1, description="passes over the training data")
+    batch_size: int = Field(128, ge=1, description="data per step, over all processes")
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    optimizer: Literal["adam", "adamw"] = "adam"
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    schedule: Literal["constant", "cosine", "linear", "exponential"] = Field(
+        "constant", description="learning rate over the run: cosine and linear go to zero, exponential to a hundredth"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly")
+    gradient_clip: float | None = Field(None, gt=0, description="largest gradient norm")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, which are then the model's")
+    num_particles: int = Field(1, ge=1, description="draws per datum and step")
+    kl_warmup_epochs: float = Field(0.0, ge=0, description="epochs over which the weight of the rate rises from 0 to 1")
+    free_bits: float = Field(0.0, ge=0, description="nats per latent site below which its rate is not pressed")
+    validation_fraction: float = Field(
+        0.0, ge=0, lt=1, description="part of the training data put aside to validate on"
+    )
+    patience: int | None = Field(None, ge=1, description="epochs without a better validation ELBO before stopping")
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda|mps|gpu)$")
+    precision: Literal["32-true", "64-true", "bf16-mixed"] | None = Field(None, description="None: the pair's own")
+    processes: int = Field(1, ge=1, description="processes that share each batch")
+    checkpoint_seconds: float = Field(60.0, ge=0, description="seconds between checkpoints, besides the last")
+    tensorboard: bool = Field(False, description="also write metrics for TensorBoard (an extra)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.patience is not None and self.validation_fraction == 0:
+            raise ValueError(
+                "expected validation_fraction > 0 with patience: stopping on the held-out part would bias its figures; "
+                "put a part of the training data aside, 0.1 say"
+            )
+        return self
+
+
+def make_config(options: dict[str, Any]) -> TrainConfig:
+    """A :class:`TrainConfig` from plain options.
+
+    Raises:
+        ConfigError: an unknown option or a value out of range; the message names each with what came.
+
+    Example:
+        >>> make_config({"epochs": 0})
+        Traceback (most recent call last):
+        ...
+        inference.training.config.ConfigError: epochs: input should be greater than or equal to 1, got 0
+    """
+    try:
+        return TrainConfig(**options)
+    except ValidationError as error:
+        raise ConfigError(explain(error, TrainConfig)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """A pydantic error as one line: each faulty option, what was expected and what came."""
+    faults = []
+    for fault in error.errors():
+        name = ".".join(map(str, fault["loc"])) or "options"
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"{name}: no such option; there are {', '.join(model.model_fields)}")
+        elif fault["type"] == "value_error":
+            faults.append(fault["msg"].removeprefix("Value error, "))
+        else:
+            faults.append(f"{name}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}")
+    return "; ".join(faults)

@@ -1,0 +1,172 @@
+"""Differentiable losses of a pair: nats per datum, to be minimised.
+
+    ElboLoss(x) = -ELBO(x) = -sum over sites of E_q[log p(site | parents) - log q(site | parents)]
+
+One guide trace and one replayed model trace a call, no ``.item()``, no validation of its own. Sites whose closed-form KL
+is the term itself (decided once, by the same tests as :func:`inference.decompose_elbo`) contribute -KL; the others
+log p - log q at the draw. Gradients are pathwise, so every latent must be reparameterised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor, nn
+
+from inference.bounds.closed_forms import site_divergence
+from inference.bounds.decomposition import closed_form_sites
+from inference.bounds.particles import Site, forked_rng
+from ppl_models.pair import ModelGuidePair
+
+
+class NotReparameterizedError(ValueError):
+    """A latent site whose draws carry no gradient; the message names it."""
+
+
+class ElboLoss(nn.Module):
+    """-ELBO(x) of a pair as a module: ``loss(x)`` is ``[B]`` nats, to be minimised.
+
+    Kingma and Welling 2013 (arXiv:1312.6114), eq. 7 with closed-form KL and eq. 6 without; lecture notes 004, Theorem 1.
+
+    Args:
+        pair: the model/guide pair; its parameters are this module's parameters.
+        num_particles: K >= 1 draws per datum, averaged.
+        closed_form: use -KL(q || p) at the sites where it equals the term; False draws every term.
+
+    Raises:
+        ValueError: ``num_particles`` below one.
+        NotReparameterizedError: at the first call, for a latent whose guide law has no ``rsample``.
+
+    Example:
+        >>> from ppl_models import LinearGaussian
+        >>> pair = LinearGaussian.random(data_dim=3, latent_dim=2)
+        >>> x = pair.model(size=4).detach()
+        >>> loss = ElboLoss(pair, closed_form=False)  # the guide is the posterior: every draw gives the evidence
+        >>> bool(torch.allclose(-loss(x), pair.log_evidence(x), atol=1e-4))
+        True
+    """
+
+    def __init__(self, pair: ModelGuidePair, num_particles: int = 1, closed_form: bool = True) -> None:
+        super().__init__()
+        if num_particles < 1:
+            raise ValueError(f"expected num_particles >= 1, got {num_particles}")
+        self.pair = pair
+        self.num_particles = num_particles
+        self.closed_form = closed_form
+        self.closed_sites: frozenset[str] | None = None
+        self.nesting = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """-ELBO of each datum of ``x`` ``[B, *data_shape]``: ``[B]`` nats."""
+        return -sum_terms(self.terms(x))
+
+    def terms(self, x: Tensor) -> dict[str, Tensor]:
+        """Each site's term E_q[log p - log q], ``[B]`` nats, differentiable; their sum is the ELBO.
+
+        Latent sites come first in the model's order; their terms are minus rates.
+        """
+        if self.closed_sites is None:
+            with forked_rng():  # a resumed run prepares at another step, and must draw the same noise all the same
+                self.closed_sites = self._prepare(x)
+        if self.num_particles == 1:
+            return self._terms(x)
+        with pyro.plate("_particles", self.num_particles, dim=-1 - self.nesting):
+            return {name: term.mean(0) for name, term in self._terms(x).items()}
+
+    def _terms(self, x: Tensor) -> dict[str, Tensor]:
+        guide = poutine.trace(self.pair.guide).get_trace(x)
+        model = poutine.trace(poutine.replay(self.pair.model, trace=guide)).get_trace(x)
+        terms = {}
+        for name, site in model.nodes.items():
+            if not _is_random(site):
+                continue
+            if name in (self.closed_sites or ()):
+                term = -site_divergence(guide.nodes[name], site)
+            elif site["is_observed"]:
+                term = _log_prob(site)
+            else:
+                term = _log_prob(site) - _log_prob(guide.nodes[name])
+            terms[name] = self._per_datum(term)
+        return terms
+
+    def _per_datum(self, term: Tensor) -> Tensor:
+        """Sums over plates inside a datum: keeps the data plate, at -1, and the particle plate where there is one."""
+        if self.num_particles == 1:
+            return term.sum(list(range(term.dim() - 1))) if term.dim() > 1 else term
+        if term.dim() <= self.nesting:  # a constant of the draw: no particle plate
+            term = term.expand(self.num_particles, *[1] * (self.nesting - term.dim()), *term.shape)
+        return term.sum(list(range(1, term.dim() - 1))) if term.dim() > 2 else term
+
+    def _prepare(self, x: Tensor) -> frozenset[str]:
+        """Checks that gradients can flow and decides which sites have a valid closed form."""
+        guide = poutine.trace(self.pair.guide).get_trace(x)
+        stacks = [site["cond_indep_stack"] for site in guide.nodes.values() if site["type"] == "sample"]
+        self.nesting = max([1, *(-frame.dim for stack in stacks for frame in stack if frame.vectorized)])
+        for name, site in guide.nodes.items():
+            if _is_random(site) and not site["fn"].has_rsample:
+                raise NotReparameterizedError(
+                    f"expected reparameterised latents, got {type(site['fn']).__name__} at site {name!r}, whose draws carry "
+                    "no gradient: use a score-function or enumerating estimator such as pyro.infer.TraceGraph_ELBO"
+                )
+        if not self.closed_form:
+            return frozenset()
+        return frozenset(closed_form_sites(self.pair.model, self.pair.guide, x)) & frozenset(guide.nodes)
+
+
+def sum_terms(terms: dict[str, Tensor]) -> Tensor:
+    """The ELBO ``[B]`` from its terms."""
+    return torch.stack(list(terms.values())).sum(0)
+
+
+def training_objective(
+    terms: dict[str, Tensor],
+    latents: tuple[str, ...],
+    rate_weight: float = 1.0,
+    free_bits: float = 0.0,
+    batch_size: int | None = None,
+    all_sum: Callable[[Tensor], Tensor] = lambda values: values,
+) -> Tensor:
+    """What is minimised while training: distortion + rate_weight * sum over latents of max(rate, free_bits), batch means.
+
+    With ``rate_weight`` = 1 and ``free_bits`` = 0 it is the batch mean of -ELBO. KL warm-up: Bowman et al. 2016
+    (arXiv:1511.06349); free bits, one group a site: Kingma et al. 2016 (arXiv:1606.04934), eq. 15. Neither is part of any
+    *reported* bound.
+
+    Args:
+        terms: each site's term, ``[b]`` nats, as from :meth:`ElboLoss.terms`.
+        latents: which of them are latent.
+        rate_weight: in [0, 1] during warm-up, 1 afterwards.
+        free_bits: lambda >= 0, nats; a site whose mean rate is below has no gradient from it.
+        batch_size: B of the whole batch, of which ``terms`` may be one process's share; None: b.
+        all_sum: sums a tensor over processes.
+
+    Returns:
+        This process's share of the objective, a scalar in nats; shares add up to the objective.
+
+    Example:
+        >>> terms = {"z": torch.tensor([-1.0, -3.0]), "x": torch.tensor([-10.0, -12.0])}
+        >>> float(training_objective(terms, ("z",))), float(training_objective(terms, ("z",), free_bits=2.5))
+        (13.0, 13.5)
+    """
+    size = batch_size or len(next(iter(terms.values())))
+    share = len(next(iter(terms.values()))) / size
+    objective = -torch.stack([term.sum() for name, term in terms.items() if name not in latents]).sum() / size
+    if not any(name in latents for name in terms):
+        return objective
+    rates = -torch.stack([terms[name].sum() for name in latents if name in terms]) / size
+    if free_bits > 0:
+        pressed = all_sum(rates.detach()) > free_bits
+        rates = torch.where(pressed, rates, torch.full_like(rates, free_bits * share))
+    return objective + rate_weight * rates.sum()
+
+
+def _is_random(site: Site) -> bool:
+    return site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
+
+
+def _log_prob(site: Site) -> Tensor:
+    return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])

@@ -1,0 +1,206 @@
+"""A RUN: the folder that holds everything of one training run, and loads again without surprises.
+
+    config.yaml        what was trained on what and how, as text
+    environment.json   versions and hardware
+    metrics.csv        one row an epoch; nats per datum unless the name ends in _bits_per_dim
+    timing.csv         seconds and speed, apart, because they differ from run to run
+    checkpoints/       everything needed to go on bit for bit
+    model/             config.json (description and hash) and model.safetensors (weights)
+    terms.json posterior.nc figures/ report.html       what other commands wrote
+
+Weights are safetensors and JSON; nothing is unpickled, and a description can only name this library's own parts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.bounds.particles import forked_rng
+from inference.training.checkpoints import CheckpointError, latest_checkpoint
+from inference.training.datasets import DataSet, load_data
+from inference.training.storage import ContentError, read_bytes, read_json, read_yaml, sha256, write_atomic, write_json
+from ppl_models.pair import ModelGuidePair
+from ppl_models.registry import UnknownPartError, build, describe
+
+FORMAT = 1
+
+
+class RunError(ValueError):
+    """A folder that is no run, or a run that cannot be loaded or continued as asked."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained pair with its configuration and metrics.
+
+    ``metrics`` is one dict an epoch: ``epoch``, ``step``, ``learning_rate``, ``rate_weight``, ``train_*`` and
+    ``validation_*`` with ``elbo``, ``rate``, ``distortion`` (nats per datum) and ``bits_per_dim``, and ``active_units``.
+    ``config`` has the keys ``pair``, ``data``, ``train`` and ``validation``.
+    """
+
+    pair: ModelGuidePair
+    config: dict[str, Any]
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    folder: Path | None = None
+
+    def data(self) -> DataSet:
+        """The run's data, read again from where they came.
+
+        Raises:
+            RunError: the data were handed over in memory, so there is nothing to read them from.
+        """
+        stated = self.config["data"]
+        if stated.get("spec") is None:
+            raise RunError(
+                "this run was trained on data in memory: pass the data themselves, as in run.pair and your tensor"
+            )
+        return load_data(stated["spec"], scaling=stated["scaling"], binarization=stated["binarization"])
+
+
+def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:
+    """A run from its folder.
+
+    Args:
+        folder: the RUN folder.
+        pair: only for pairs with networks of your own, which a file cannot rebuild: the same pair, whose weights are
+            then overwritten.
+
+    Raises:
+        RunError: not a run, or a pair is needed and none was given.
+        CheckpointError: weights that are damaged or do not belong to the description.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise RunError(
+            f"expected a RUN folder with a config.yaml, got {folder}: train one with ppl train ... --out {folder}"
+        )
+    config = read_yaml(folder / "config.yaml")
+    description = config.get("pair")
+    if pair is None:
+        if description is None:
+            raise RunError(
+                f"{folder} holds a pair with networks of its own: pass it, as in load_run({str(folder)!r}, pair=...)"
+            )
+        try:
+            with forked_rng():
+                pair = build(description)
+        except (UnknownPartError, TypeError, KeyError) as error:
+            raise RunError(f"{folder}/config.yaml does not describe a pair of this library: {error}") from None
+    tensors = _read_weights(folder)
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    pair = pair.to(dtype) if dtype is not None else pair
+    try:
+        pair.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{folder}/model: the weights do not fit the pair: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    pair.eval()
+    return Run(pair, config, read_metrics(folder / "metrics.csv"), folder)
+
+
+def save_model(folder: Path, pair: ModelGuidePair, info: dict[str, Any]) -> None:
+    """Writes ``model/``: the weights, then the description with their hash; each file atomically."""
+    from safetensors.torch import save
+
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in pair.state_dict().items()}
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if bad:
+        raise CheckpointError(f"expected finite parameters, got a NaN or infinity in {bad[0]}: the model is not saved")
+    data = save(tensors)
+    (folder / "model").mkdir(exist_ok=True)
+    write_atomic(folder / "model" / "model.safetensors", data)
+    write_json(folder / "model" / "config.json", {"pair": description_of(pair), "sha256": sha256(data), **info})
+
+
+def description_of(pair: ModelGuidePair) -> dict[str, Any] | None:
+    """The pair's description, or None where it holds networks that are not this library's."""
+    try:
+        return describe(pair)
+    except UnknownPartError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    import importlib.metadata
+
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "pyro-ppl", "numpy", "lightning-fabric")}
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of a metrics file; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    complete = text[: text.rfind("\n") + 1]
+    rows = csv.DictReader(io.StringIO(complete))
+    return [{key: float(value) for key, value in row.items()} for row in rows]
+
+
+def write_metrics(path: Path, rows: Sequence[dict[str, float]]) -> None:
+    """Writes all rows, atomically; floats so that they read back bit for bit."""
+    write_atomic(path, _csv(rows, header=True).encode())
+
+
+def append_metrics(path: Path, row: dict[str, float]) -> None:
+    """Adds one row at the end of a metrics file."""
+    new = not path.is_file() or path.stat().st_size == 0
+    with path.open("a") as file:
+        file.write(_csv([row], header=new))
+        file.flush()
+
+
+def _csv(rows: Sequence[dict[str, float]], *, header: bool) -> str:
+    if not rows:
+        return ""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(
+        [{k: repr(v) if isinstance(v, float) and not math.isnan(v) else v for k, v in r.items()} for r in rows]
+    )
+    return buffer.getvalue()
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / "model" / "model.safetensors"
+    if not path.is_file():
+        found = latest_checkpoint(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
+        if found is None:
+            raise RunError(f"{folder} has no model yet: its training has not reached a checkpoint")
+        raise RunError(f"{folder} is an unfinished run: go on with --resume (or fit(..., resume=True)) to finish it")
+    data = read_bytes(path)
+    try:
+        recorded = read_json(folder / "model" / "config.json").get("sha256")
+    except (ContentError, OSError) as error:
+        raise CheckpointError(f"{folder}/model/config.json cannot be read: {error}") from None
+    if sha256(data) != recorded:
+        raise CheckpointError(
+            f"{path}: expected SHA-256 {recorded}, got {sha256(data)}: the file is damaged; train again"
+        )
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
