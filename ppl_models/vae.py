@@ -54,7 +54,10 @@ class VAE(ModelGuidePair):
     def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, likelihood: Likelihood) -> None:
         if latent_dim < 1:
             raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")
-        super().__init__(likelihood.data_shape_of(_probe(decoder, latent_dim)), latent_sites=("z",))
+        output = _probe(decoder, latent_dim)
+        data_shape = likelihood.data_shape_of(output)
+        likelihood(output, len(data_shape))  # refuses output that it cannot take
+        super().__init__(data_shape, latent_sites=("z",))
         self.encoder = encoder
         self.decoder = decoder
         self.latent_dim = latent_dim

@@ -107,6 +107,8 @@ def divergence(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
                 raise NoClosedFormError(
                     f"no closed form is known for {names}: {type(law).__name__} has a density of its own"
                 )
+    batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape)  # not every entry of PyTorch's table broadcasts
+    q_base, p_base = _expanded(q_base, batch, q_dims), _expanded(p_base, batch, p_dims)
     try:
         if isinstance(q_base, dist.MultivariateNormal) and isinstance(p_base, dist.Normal) and p_dims:
             kl = sum_rightmost(_full_against_diagonal(q_base, p_base), p_dims - 1)
@@ -118,7 +120,7 @@ def divergence(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
                 kl = sum_rightmost(kl_divergence(q_base, p_base), min(q_dims, p_dims))
     except NotImplementedError:
         raise NoClosedFormError(f"no closed form is known for {names}") from None
-    if kl.dim() > len(torch.broadcast_shapes(q.batch_shape, p.batch_shape)):
+    if kl.dim() > len(batch):
         raise NoClosedFormError(f"no closed form is known for {names} with these event dimensions")
     if q_mask is not None:
         kl = torch.where(torch.as_tensor(q_mask), kl, torch.zeros_like(kl))
@@ -128,6 +130,12 @@ def divergence(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
 def law_name(fn: Any) -> str:
     """The name of a law without its wrappers, for messages."""
     return type(_unwrapped(fn)[0]).__name__
+
+
+def _expanded(law: Any, batch: torch.Size, event_dims: int) -> Any:
+    """A base law expanded to a batch shape, its last ``event_dims`` batch dims being event dims."""
+    own = law.batch_shape[len(law.batch_shape) - event_dims :]
+    return law if law.batch_shape == batch + own else law.expand(batch + own)
 
 
 def _full_against_diagonal(q: dist.MultivariateNormal, p: dist.Normal) -> Tensor:

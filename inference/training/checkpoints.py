@@ -7,12 +7,11 @@ A checkpoint is *complete* once its hash stands beside it, and is accepted only 
 have that hash. The hash is written after the data, so a save that is cut short leaves a file that nobody considers, and
 the checkpoint before it stays the newest. No byte is ever unpickled.
 
-The one constraint: one writer per folder (`storage.RunLock`), for `prune_checkpoints` clears what killed writers left.
+The one constraint: one writer per folder (`storage.RunLock`): `prune_checkpoints` clears what killed writers left.
 """
 
 import itertools
 import json
-import math
 import re
 import struct
 import warnings
@@ -25,17 +24,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from inference.training.storage import (
-    ContentError,
-    StorageError,
-    check_plain,
-    make_folder,
-    parse_json,
-    read_bytes,
-    remove_durably,
-    sha256,
-    write_atomic,
-)
+from inference.training.storage import StorageError, make_folder, read_bytes, remove_durably, sha256, write_atomic
+from inference.training.texts import ContentError, check_plain, parse_json
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _STEP = re.compile(r"step-([0-9]{9,})\.safetensors")
@@ -76,7 +66,7 @@ def save_checkpoint(folder: Path, name: str, tensors: Mapping[str, Tensor], valu
         name: `checkpoint_name(step)`, or another file name without a suffix, e.g. "best", which `latest_checkpoint` and
             `prune_checkpoints` leave alone.
         tensors: dense real tensors on any device; views, non-contiguous and shared memory are copied.
-        values: plain data (see `storage.check_plain`); `flatten_state` turns other state into such.
+        values: plain data (see `texts.check_plain`); `states.flatten_state` turns other state into such.
 
     Returns:
         The path of the data file.
@@ -212,92 +202,6 @@ def prune_checkpoints(folder: Path, keep: int = 2) -> None:
             remove_durably(path)
 
 
-def flatten_state(state: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Part nested state, such as an optimiser's `state_dict()`, into tensors and plain values for `save_checkpoint`.
-
-    Args:
-        state: dicts (keys strings or integers), lists and tuples, nested, of tensors, None, bool, int, float (NaN and
-            infinities too) and str.
-
-    Returns:
-        The tensors (not copies), named by their place, e.g. "state['param_groups'][0]['lr']", and `{"state": tree}`,
-        where the tree is plain data: a tensor stands as its name, and what JSON lacks has a word of its own.
-
-    Raises:
-        TypeError: a value or key of another type; the sentence names its place.
-
-    Example:
-        >>> tensors, values = flatten_state({"betas": (0.9, 0.999), 0: [torch.ones(1), float("inf")]})
-        >>> list(tensors)
-        ['state[0][0]']
-        >>> restore_state(tensors, values)
-        {'betas': (0.9, 0.999), 0: [tensor([1.]), inf]}
-    """
-    tensors: dict[str, Tensor] = {}
-    return tensors, {"state": _encode(state, "state", tensors)}
-
-
-def restore_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Any:
-    """The inverse of `flatten_state`, bit for bit. Subclasses of dict come back as dicts, parameters as tensors.
-
-    Args:
-        tensors: at least those that the tree names.
-        values: with the tree under "state"; other keys are not looked at.
-
-    Returns:
-        The state.
-
-    Raises:
-        CheckpointError: no tree, a tensor that is not there, or a word that `flatten_state` does not write.
-    """
-    try:
-        return _decode(values["state"], tensors)
-    except (KeyError, TypeError, ValueError, RecursionError, struct.error) as error:
-        raise CheckpointError(
-            f"the values do not describe a state ({type(error).__name__}: {error}); pass what flatten_state returned"
-        ) from error
-
-
-def _encode(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(node, Tensor):
-        tensors[place] = node
-        return {"tensor": place}
-    if isinstance(node, dict):
-        for key in node:
-            if type(key) not in (str, int):
-                raise TypeError(f"{place} has the key {key!r}, a {type(key).__name__}; expected str or int")
-        return {"dict": [[key, _encode(item, f"{place}[{key!r}]", tensors)] for key, item in node.items()]}
-    if type(node) in (list, tuple):
-        items = [_encode(item, f"{place}[{index}]", tensors) for index, item in enumerate(node)]
-        return items if type(node) is list else {"tuple": items}
-    if type(node) is float and not math.isfinite(node):
-        return {"float": struct.pack(">d", node).hex()}
-    # Exact types: a NumPy scalar is a float too, and would come back as another type.
-    if node is None or type(node) in (bool, int, float, str):
-        return node
-    raise TypeError(
-        f"{place} is a {type(node).__module__}.{type(node).__qualname__}; "
-        "expected a tensor, dict, list, tuple, None, bool, int, float or str: convert it first"
-    )
-
-
-def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(node, list):
-        return [_decode(item, tensors) for item in node]
-    if not isinstance(node, dict):
-        return node
-    ((word, content),) = node.items()
-    if word == "tensor":
-        return tensors[content]
-    if word == "dict":
-        return {key: _decode(item, tensors) for key, item in content}
-    if word == "tuple":
-        return tuple(_decode(item, tensors) for item in content)
-    if word == "float":
-        return struct.unpack(">d", bytes.fromhex(content))[0]
-    raise ValueError(f"unknown word {word!r}")
-
-
 def _to_bytes(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bytes:
     plain = dict(values)
     check_plain(plain, "values")
@@ -306,9 +210,7 @@ def _to_bytes(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bytes
         if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout is not torch.strided:
             raise TypeError(f"tensors[{name!r}] is {_kind(tensor)}; expected a dense tensor with data")
         if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"tensors[{name!r}] is {_kind(tensor)}; expected a real or integer dtype that safetensors has"
-            )
+            raise TypeError(f"tensors[{name!r}] is {_kind(tensor)}; expected a real or integer dtype of safetensors")
         if name == "__metadata__":
             raise ValueError("a tensor is named '__metadata__', which safetensors reserves; rename it")
         # A copy, because the format refuses tensors that share memory; contiguous, because it has no strides.
@@ -338,9 +240,9 @@ def _from_bytes(data: bytes, path: Path, device: str | torch.device) -> tuple[di
 
 
 def _kind(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    return f"a tensor of layout {value.layout}, dtype {value.dtype}, device {value.device}"
+    if isinstance(value, Tensor):
+        return f"a tensor of layout {value.layout}, dtype {value.dtype}, device {value.device}"
+    return f"a {type(value).__name__}"
 
 
 def _hash_path(path: Path) -> Path:
@@ -377,8 +279,7 @@ def _old_digests(path: Path) -> list[str]:
 
 
 def _step(path: Path) -> int:
-    match = _STEP.fullmatch(path.name)
-    return int(match[1]) if match else -1
+    return int(match[1]) if (match := _STEP.fullmatch(path.name)) else -1
 
 
 def _numbered(folder: Path) -> list[Path]:

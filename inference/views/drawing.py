@@ -152,9 +152,9 @@ def draw_points(axes: Axes, points: Array, **kwargs: Any) -> PathCollection:
 
 
 def plane_height(points: Array, width: float) -> float:
-    """Inches of height at which axes of this width show the points ``[n, 2]`` at equal scale, within 2 to 1.2 widths."""
+    """Inches of height at which axes show the points ``[n, 2]`` at equal scale; at least 2.4, at most 1.2 widths."""
     across, up = np.ptp(points, axis=0)
-    return float(np.clip(width * up / across if across > 0 else width, 2.0, 1.2 * width))
+    return float(np.clip(width * up / across if across > 0 else width, 2.4, 1.2 * width))
 
 
 def typeset(number: str) -> str:

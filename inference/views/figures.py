@@ -58,13 +58,13 @@ def draw_traversal(data: Traversal, value_range: Range | None = None) -> Figure:
         if is_image(data.means.shape[2:]):
             tiles = to_rgb(data.means.reshape(-1, *data.means.shape[2:]), value_range)
             width, height = mosaic_inches(rows, columns, tiles.shape[1:3])
-            figure = Figure(figsize=(max(width + 1.6, 4.2), height + 1.1), layout="constrained")
+            figure = Figure(figsize=(max(width + 1.8, 4.2), max(height + 1.1, 2.4)), layout="constrained")
             axes = figure.add_subplot()
             mosaic = draw_mosaic(axes, tiles, columns)
             names = [f"{data.site}[{d}]  {a:.2f}" for d, a in zip(data.dims, data.activity, strict=True)]
             axes.set_xticks(mosaic.x, [typeset(f"{t:+.3g}") if t else "0" for t in data.positions])
             axes.set_yticks(mosaic.y, names)
-            axes.set(xlabel=position, ylabel="dimension and its activity Var(E[z | x])")
+            axes.set(xlabel=position, ylabel="dimension and its\nactivity Var(E[z | x])")
         else:
             figure = Figure(layout="constrained")
             axes = figure.add_subplot()

@@ -48,7 +48,7 @@ def principal_plane(reference: Array, symbol: str) -> Plane:
         >>> line = np.arange(5.0)[:, None] * np.array([3.0, 0.0, 4.0])
         >>> plane = principal_plane(line, "x")
         >>> plane.labels[0], plane(line)[4].round(6).tolist()
-        ('x: principal component 1 (100 % of variance)', [10.0, 0.0])
+        ('x: PC 1 (100 % of variance)', [10.0, 0.0])
     """
     dims = reference.shape[1]
     if dims <= 2:
@@ -60,7 +60,7 @@ def principal_plane(reference: Array, symbol: str) -> Plane:
     power = np.zeros(max(2, len(singular)))
     power[: len(singular)] = singular**2
     share = 100 * power / (power.sum() or 1.0)
-    first, second = (f"{symbol}: principal component {k + 1} ({share[k]:.0f} % of variance)" for k in range(2))
+    first, second = (f"{symbol}: PC {k + 1} ({share[k]:.0f} % of variance)" for k in range(2))
     return Plane(centre, basis, (first, second))
 
 

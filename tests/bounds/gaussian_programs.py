@@ -1,7 +1,7 @@
 """Linear-Gaussian programs of the kinds that strangers write, each with every term of its ELBO known exactly.
 
 Each function returns a :class:`Case`. The exact terms are computed beside the programs, in affine forms
-(:mod:`oracles.linear_forms`), so that a reader can hold the two against each other line by line.
+(:mod:`tests.oracles.linear_forms`), so that a reader can hold the two against each other line by line.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
-from elbo_case import Case
-from oracles.linear_forms import entropy_of_normal, expected_log_normal, normal
 
-X = torch.tensor([0.5, -1.0, 2.0, 0.2])
+from tests.bounds.elbo_case import Case
+from tests.oracles.linear_forms import entropy_of_normal, expected_log_normal, normal
+
+X = torch.tensor([0.5, -1.0, 2.0, 0.2], dtype=torch.float64)
 
 
 def one_latent() -> Case:
@@ -226,18 +227,15 @@ def descent_through_delta() -> Case:
     return Case("descent through a Delta", model, guide, terms)
 
 
-CASES = [
-    make()
-    for make in (
-        one_latent,
-        vae,
-        global_and_local,
-        nested_under_global,
-        nested_outer_shared,
-        two_shared_plates,
-        markov_chain,
-        backward_chain,
-        bottom_up_hvae,
-        descent_through_delta,
-    )
-]
+PROGRAMS = (
+    one_latent,
+    vae,
+    global_and_local,
+    nested_under_global,
+    nested_outer_shared,
+    two_shared_plates,
+    markov_chain,
+    backward_chain,
+    bottom_up_hvae,
+    descent_through_delta,
+)

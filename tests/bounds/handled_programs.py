@@ -1,7 +1,7 @@
 """Programs under Pyro's effect handlers, and sites that are no plain draws, each with its ELBO known term by term.
 
 Masks, scales, subsampling, factors, deterministic sites, point masses and a full covariance, on linear-Gaussian programs, so
-that the exact terms are affine forms (:mod:`oracles.linear_forms`) as in :mod:`gaussian_programs`.
+that the exact terms are affine forms (:mod:`tests.oracles.linear_forms`) as in :mod:`tests.bounds.gaussian_programs`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
-from elbo_case import Case
-from gaussian_programs import X, global_and_local, one_latent
-from oracles.linear_forms import entropy_of_normal, expected_log_normal, normal
 from pyro import poutine
+
+from tests.bounds.elbo_case import Case
+from tests.bounds.gaussian_programs import X, global_and_local, one_latent
+from tests.oracles.linear_forms import entropy_of_normal, expected_log_normal, normal
 
 
 def masked() -> Case:
@@ -193,19 +194,16 @@ def full_covariance() -> Case:
     return Case("full guide, diagonal prior", model, guide, terms, frozenset("z"), (torch.tensor(1.0),))
 
 
-CASES = [
-    make()
-    for make in (
-        masked,
-        masked_laws,
-        mask_in_the_model_only,
-        scaled,
-        scaled_in_the_model_only,
-        subsampled,
-        subsampled_under_global,
-        factors,
-        deterministic,
-        point_mass,
-        full_covariance,
-    )
-]
+PROGRAMS = (
+    masked,
+    masked_laws,
+    mask_in_the_model_only,
+    scaled,
+    scaled_in_the_model_only,
+    subsampled,
+    subsampled_under_global,
+    factors,
+    deterministic,
+    point_mass,
+    full_covariance,
+)

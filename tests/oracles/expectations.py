@@ -24,10 +24,10 @@ def expectation(f: Callable[[float], float], law: Any, breaks: Sequence[float] =
     >>> round(expectation(lambda u: u * u, scipy.stats.norm(1.0, 2.0)), 8)
     5.0
     """
-    grid = [TAIL, 1e-10, 1e-6, 1e-3, 0.05, 0.3, 0.5, 0.7, 0.95, 1 - 1e-3, 1 - 1e-6, 1 - 1e-10]
-    knots = [float(law.ppf(p)) for p in grid] + [float(law.isf(TAIL))]
-    low, high = knots[0], knots[-1]
-    knots = sorted({*knots, *(b for b in breaks if low < b < high)})
+    masses = [10.0**-k for k in range(30, 1, -4)] + [0.05, 0.3, 0.5]
+    knots = {float(tail(mass)) for mass in masses for tail in (law.ppf, law.isf)}
+    low, high = min(knots), max(knots)
+    knots = sorted(knots | {b for b in breaks if low < b < high})
     return sum(
         scipy.integrate.quad(lambda u: float(law.pdf(u) * f(u)), a, b, epsabs=1e-13, epsrel=1e-11, limit=200)[0]
         for a, b in itertools.pairwise(knots)

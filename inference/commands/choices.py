@@ -1,0 +1,151 @@
+"""What the data decide where nobody states it: likelihood, scaling, binarisation, latent width.
+
+    data                  likelihood                      scaling      binarisation    latent width
+    digits                discretized_normal, 17 levels   symmetric    none            16
+    mnist:FOLDER          bernoulli                       unit         dynamic         16
+    images:FOLDER         discretized_normal, 256 levels  symmetric    none            16
+    toy densities         normal, learned scale           none         none            2
+    npz:FILE, quantised   bernoulli for two levels, else discretized_normal            16 for images, else 2
+    npz:FILE, continuous  must be stated
+
+A scaling that is not stated is the one that the likelihood is made for. The one exception is a normal likelihood of
+quantised data: it is valid on any scaling, so whether counts 0..255 are meant must be stated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from inference.bounds.particles import forked_rng
+from inference.commands.options import TrainOptions
+from inference.training.config import ConfigError
+from inference.training.datasets import TOY_DENSITIES, DataSet, list_data, load_data
+from ppl_models.likelihoods import Bernoulli, Categorical, DiscretizedNormal, Likelihood, Normal
+from ppl_models.pair import ModelGuidePair
+from ppl_models.registry import system
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "bernoulli": Bernoulli,
+    "normal": Normal,
+    "categorical": Categorical,
+    "discretized_normal": DiscretizedNormal,
+}
+LATENT_DIMS = {"image": 16, "point": 2}
+
+
+def choose(options: TrainOptions) -> tuple[TrainOptions, DataSet]:
+    """The options with nothing left open, and the data under them.
+
+    Args:
+        options: as stated; paths in ``data`` are made absolute, so that a run finds its data again from any folder.
+
+    Raises:
+        ConfigError: what cannot be chosen for these data and must be stated.
+        DataError: data that cannot be read, or that are not as stated.
+
+    Example:
+        >>> chosen, data = choose(TrainOptions(data="digits"))
+        >>> chosen.likelihood, chosen.scaling, chosen.latent_dim, data.levels
+        ('discretized_normal', 'symmetric', 16, 17)
+    """
+    spec = _absolute(options.data)
+    levels, kind = _levels_and_kind(spec, options.scaling)
+    likelihood = options.likelihood or _likelihood(spec, levels)
+    if likelihood in ("categorical", "discretized_normal") and levels is None:
+        raise ConfigError(
+            f"likelihood: expected one of continuous data for {options.data}, got {likelihood}, which needs a number of "
+            "levels; use --likelihood normal, or name the number in an entry 'levels' of the npz file"
+        )
+    scaling = options.scaling or _scaling(spec, likelihood, levels)
+    mnist = spec.startswith("mnist:")
+    binarization = options.binarization or ("dynamic" if mnist and likelihood == "bernoulli" else "none")
+    data = load_data(spec, scaling=scaling, binarization=binarization)
+    chosen = {
+        "data": spec,
+        "likelihood": likelihood,
+        "scaling": data.scaling,
+        "binarization": data.binarization,
+        "latent_dim": options.latent_dim or LATENT_DIMS[kind],
+    }
+    return options.model_copy(update=chosen), data
+
+
+def build_pair(name: str, options: TrainOptions, data: DataSet) -> ModelGuidePair:
+    """The pair of a system under options that leave nothing open; its weights depend on ``options.seed`` alone.
+
+    Raises:
+        ValueError: no such system; the message lists those there are.
+    """
+    preset = system(name)
+    with seeded(options.seed):
+        pair = preset(
+            data.data_shape,
+            _make_likelihood(options.likelihood or "", data.levels),
+            latent_dim=options.latent_dim,
+            hidden=options.hidden,
+            activation=options.activation,
+        )
+    assert isinstance(pair, ModelGuidePair)
+    return pair
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's random stream of a seed within the block; the stream outside is left as it was."""
+    with forked_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _absolute(spec: str) -> str:
+    reader, sign, place = spec.partition(":")
+    return f"{reader}:{Path(place).expanduser().absolute()}" if sign and place else spec
+
+
+def _levels_and_kind(spec: str, scaling: str | None) -> tuple[int | None, str]:
+    """The number of levels (None: continuous) and "image" or "point", from the list of data or from the file."""
+    reader, _, place = spec.partition(":")
+    rows = {row["spec"].partition(":")[0]: row for row in list_data()}
+    if reader == "npz" or reader not in rows or (place == "") != (rows[reader]["spec"] == reader):
+        data = load_data(spec, scaling=scaling)  # of what is no data, this says so
+        return data.levels, data.kind
+    return rows[reader]["levels"], rows[reader]["kind"]
+
+
+def _likelihood(spec: str, levels: int | None) -> str:
+    if spec in TOY_DENSITIES:
+        return "normal"
+    if levels is None:
+        raise ConfigError(
+            "likelihood: expected to be stated for continuous data from a file, got none; use --likelihood normal, "
+            "or --likelihood bernoulli for zeros and ones"
+        )
+    return "bernoulli" if spec.startswith("mnist:") or levels == 2 else "discretized_normal"
+
+
+def _scaling(spec: str, likelihood: str, levels: int | None) -> str | None:
+    if spec in TOY_DENSITIES:
+        return None
+    if likelihood == "normal" and levels is not None:
+        raise ConfigError(
+            f"scaling: expected to be stated for a normal likelihood of data with {levels} levels, got none; use "
+            f"--scaling unit or symmetric (or none, for counts 0..{levels - 1})"
+        )
+    return LIKELIHOODS[likelihood].scaling
+
+
+def _make_likelihood(name: str, levels: int | None) -> Likelihood:
+    match name:
+        case "bernoulli":
+            return Bernoulli()
+        case "normal":
+            return Normal(scale="learned")
+        case "categorical" if levels is not None:
+            return Categorical(levels)
+        case "discretized_normal" if levels is not None:
+            return DiscretizedNormal(levels)
+    raise ConfigError(f"likelihood: expected one of {', '.join(LIKELIHOODS)} that fits the data, got {name!r}")

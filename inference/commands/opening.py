@@ -1,0 +1,70 @@
+"""A RUN opened for looking at: the trained pair and the data to look at it with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from inference.training.datasets import DataError, DataSet, load_data
+from inference.training.items import first_entry, num_items
+from inference.training.runs import Run, load_run
+from ppl_models.pair import ModelGuidePair
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run, data ``x`` ``[N, *data_shape]`` in the pair's dtype with their labels if any, and what ``x`` is in words."""
+
+    run: Run
+    folder: Path
+    x: Tensor
+    labels: Tensor | None
+    words: str
+
+    @property
+    def pair(self) -> ModelGuidePair:
+        """The run's pair, in evaluation mode."""
+        return self.run.pair
+
+
+def open_run(folder: Path, spec: str | None = None, num_data: int | None = None) -> Opened:
+    """The run in a folder, with held-out data (training data where there are none).
+
+    Args:
+        folder: the RUN folder.
+        spec: other data than the run's own, under the run's scaling and binarisation.
+        num_data: how many data to take, the first ones; None: all.
+
+    Raises:
+        RunError: not a run, or one whose data are not on record and none are given.
+        DataError: data of another shape, or that the pair gives no probability to.
+    """
+    run = load_run(folder)
+    data = _data(run, spec)
+    if data.data_shape != run.pair.data_shape:
+        raise DataError(
+            f"data: expected data of shape {list(run.pair.data_shape)} as {folder} was trained on, got "
+            f"{list(data.data_shape)}; give data of that shape with --data"
+        )
+    held_out = data.test is not None
+    source = data.train if data.test is None else data.test
+    labels = data.test_labels if held_out else data.train_labels
+    total = num_items(source)
+    count = total if num_data is None else min(num_data, total)
+    x = source[:count] if isinstance(source, Tensor) else torch.stack([first_entry(source[i]) for i in range(count)])
+    if x.is_floating_point():
+        x = x.to(next(run.pair.parameters()).dtype)
+    run.pair.check_data(x, "test" if held_out else "train")
+    part = "held-out" if held_out else "training"
+    words = f"{total if count == total else f'the first {count} of {total}'} {part} data of {data.name}"
+    return Opened(run, folder, x, None if labels is None else labels[:count], words)
+
+
+def _data(run: Run, spec: str | None) -> DataSet:
+    if spec is None:
+        return run.data()
+    stated = run.config["data"]
+    return load_data(spec, scaling=stated["scaling"], binarization=stated["binarization"])

@@ -1,0 +1,1 @@
+"""What people look at: text tables, plot data apart from drawing, pictures, the report."""

@@ -1,0 +1,1 @@
+"""The bounds before independent juries."""

@@ -1,0 +1,1 @@
+"""Slow, obvious computations that import nothing they judge."""
