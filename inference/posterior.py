@@ -21,38 +21,33 @@ import no torch, so a saved file needs only ArviZ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from inference.posterior_layout import DRAW, GROUPS, PosteriorError
+
 if TYPE_CHECKING:
     import pandas
     import xarray
     from matplotlib.figure import Figure
-    from torch import Size, Tensor
 
-    from inference.bounds.particles import Particles, Plan, Program, Site
+    from inference.bounds.particles import Program
 
-DRAW = "sample"
-GROUPS = (
-    "posterior",
-    "prior",
-    "posterior_predictive",
-    "prior_predictive",
-    "log_likelihood",
-    "observed_data",
-    "sample_stats",
-)
-NEED_DATA = {"posterior_predictive", "prior_predictive", "log_likelihood", "observed_data"}
 MAX_ROWS = 60  # what a page holds legibly
 
-
-class PosteriorError(ValueError):
-    """Draws that cannot be laid out, or a request that does not fit them; the message names the site or dimension."""
+__all__ = [
+    "DRAW",
+    "GROUPS",
+    "PosteriorError",
+    "load_posterior",
+    "plot_posterior",
+    "save_posterior",
+    "summary",
+    "to_datatree",
+]
 
 
 def to_datatree(
@@ -102,6 +97,8 @@ def to_datatree(
     import torch
 
     from inference.bounds.particles import make_plan
+    from inference.posterior_draws import Draws, add_chunk, assemble, one_at_a_time_if_needed
+    from inference.posterior_layout import Sites, labels_of, wanted_groups
     from inference.progress import Progress
 
     model, guide, args = _programs(pair, args)
@@ -109,17 +106,17 @@ def to_datatree(
         raise PosteriorError(f"expected num_samples >= 1, got {num_samples}: ask for at least one draw")
     with torch.no_grad():
         plan = make_plan(model, guide, args, kwargs)
-        sites = _Sites.of(plan, dims or {})
-        wanted = _wanted_groups(groups, sites)
-        labels = _labels(plan, sites, coords or {})
-        plan = _one_at_a_time_if_needed(plan, wanted)
-        draws = _Draws(num_samples)
+        sites = Sites.of(plan, dims or {})
+        wanted = wanted_groups(groups, sites)
+        labels = labels_of(plan, sites, coords or {})
+        plan = one_at_a_time_if_needed(plan, wanted)
+        draws = Draws(num_samples)
         with Progress("drawing from guide and model", num_samples, unit="draws") as progress:
             for particles in plan.chunks(num_samples):
-                _add(draws, plan, sites, particles, wanted)
+                add_chunk(draws, plan, sites, particles, wanted)
                 draws.start += particles.count
                 progress.advance(particles.count)
-    return _assemble(draws, plan, sites, labels, wanted)
+    return assemble(draws, plan, sites, labels, wanted)
 
 
 def save_posterior(tree: xarray.DataTree, path: str | Path, *, overwrite: bool = False) -> None:
@@ -296,365 +293,6 @@ def _programs(pair: Any, args: tuple[Any, ...]) -> tuple[Program, Program, tuple
             f"expected the guide, a Pyro program, after the model, got {got}: call to_datatree(model, guide, *args)"
         )
     return pair, args[0], args[1:]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where a site's numbers go: its shape in one draw and the names of its dimensions, None for one that is dropped."""
-
-    site: str
-    batch: Size
-    event: Size
-    batch_dims: tuple[str | None, ...]
-    event_dims: tuple[str, ...]
-
-    @classmethod
-    def of(cls, site: Site, names: Sequence[str] | None) -> _Layout:
-        """Reads the layout off one draw; ``names`` are the user's for the dimensions that are no plates."""
-        import torch
-
-        event_dim = site["fn"].event_dim
-        value = torch.as_tensor(site["value"])
-        event = value.shape[value.dim() - event_dim :]
-        batch = value.shape[: value.dim() - event_dim]
-        if not _is_deterministic(site):  # these declare all their dims as event dims unless told otherwise
-            batch = torch.broadcast_shapes(batch, site["fn"].batch_shape)
-        plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
-        places = range(-len(batch), 0)
-        # Between plates of which the site is in the outer one only, Pyro leaves a dimension of size 1.
-        holes = {
-            d for d, n in zip(places, batch, strict=True) if n == 1 and d not in plates and min(plates, default=0) < d
-        }
-        own = [d for d in places if d not in plates and d not in holes]
-        count = len(own) + len(event)
-        if names is None:
-            names = [f"{site['name']}_dim_{k}" for k in range(count)]
-        if isinstance(names, str) or len(names) != count:
-            raise PosteriorError(
-                f"expected {count} dimension names for site {site['name']!r}, whose shape without plates is "
-                f"{[*(batch[d] for d in own), *event]}, got {names!r}: pass a list of as many names"
-            )
-        own_names = dict(zip(own, names, strict=False))
-        batch_dims = tuple(plates.get(d, own_names.get(d)) for d in places)
-        return cls(site["name"], batch, event, batch_dims, tuple(names[len(own) :]))
-
-    @property
-    def plates(self) -> tuple[str, ...]:
-        """Names of the batch dimensions that are kept."""
-        return tuple(name for name in self.batch_dims if name is not None)
-
-    @property
-    def dims(self) -> tuple[str, ...]:
-        """Names of all dimensions that are kept."""
-        return (*self.plates, *self.event_dims)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of :attr:`dims`."""
-        kept = (n for n, name in zip(self.batch, self.batch_dims, strict=True) if name is not None)
-        return (*kept, *self.event)
-
-    def values(self, value: Any, count: int = 1, dim: int | None = None) -> Tensor:
-        """``[count, *shape]``, from a value drawn ``count`` times under a plate at ``dim`` (None: drawn once)."""
-        import torch
-
-        value = torch.as_tensor(value)
-        padding = 0 if dim is None else -dim - 1 - len(self.batch)
-        target = (count, *[1] * padding, *self.batch, *self.event)
-        from_the_right = enumerate(zip(reversed(value.shape), reversed(target), strict=False))
-        if value.dim() > len(target) or any(n != t and (n != 1 or k < len(self.event)) for k, (n, t) in from_the_right):
-            raise PosteriorError(
-                f"expected draws of one shape at site {self.site!r}, got {list(value.shape)} after "
-                f"{[*self.batch, *self.event]}: pad them to a fixed shape"
-            )
-        return value.broadcast_to(target).reshape(count, *self.shape)
-
-    def log_densities(self, log_prob: Tensor, count: int, dim: int | None) -> Tensor:
-        """``[count, *plates]`` likewise."""
-        return replace(self, event=self.event[:0], event_dims=()).values(log_prob, count, dim)
-
-
-@dataclass(frozen=True)
-class _Sites:
-    """The model's sites by what they are, with their layouts; ``latent`` includes deterministic ones."""
-
-    latent: dict[str, _Layout]
-    data: dict[str, _Layout]
-
-    @classmethod
-    def of(cls, plan: Plan, dims: Mapping[str, Sequence[str]]) -> _Sites:
-        from pyro.distributions import Unit
-
-        latent: dict[str, _Layout] = {}
-        data: dict[str, _Layout] = {}
-        _refuse_random_subsamples(plan)
-        if all(site["is_observed"] for site in plan.prototype.model.values()):
-            raise PosteriorError(
-                "expected a model with a latent site, got one whose sites are all observed "
-                f"({', '.join(plan.prototype.model) or 'it has none'}): there is no posterior to draw"
-            )
-        for name, site in plan.prototype.model.items():
-            if not site["is_observed"] or _is_deterministic(site):
-                latent[name] = _Layout.of(site, dims.get(name))
-            elif not isinstance(site["fn"], Unit):  # a factor has no value
-                data[name] = _Layout.of(site, dims.get(name))
-        for name in dims:
-            if name not in latent and name not in data:
-                raise PosteriorError(
-                    f"expected dims of the sites {', '.join([*latent, *data])}, got {name!r}: correct or remove the name"
-                )
-        return cls(latent, data)
-
-
-def _refuse_random_subsamples(plan: Plan) -> None:
-    """A plate that picks other data for each draw leaves nothing that draws could be compared along."""
-    from pyro import poutine
-    from pyro.poutine.util import site_is_subsample
-
-    sites = [*plan.prototype.model.values(), *plan.prototype.guide.values()]
-    if all(frame.full_size in (None, frame.size) for site in sites for frame in site["cond_indep_stack"]):
-        return
-    guide = poutine.trace(plan.guide).get_trace(*plan.args, **plan.kwargs)
-    model = poutine.trace(poutine.replay(plan.model, trace=guide)).get_trace(*plan.args, **plan.kwargs)
-    for name, site in [*guide.nodes.items(), *model.nodes.items()]:
-        if site["type"] == "sample" and site_is_subsample(site):
-            law = site["fn"]
-            if law.subsample_size is not None and law.subsample_size < law.size:
-                raise PosteriorError(
-                    f"expected the same data in each draw, but plate {name!r} picks {law.subsample_size} of {law.size} "
-                    "at random: fix the choice with subsample=indices in place of subsample_size"
-                )
-
-
-def _wanted_groups(groups: Collection[str] | None, sites: _Sites) -> set[str]:
-    if groups is None:
-        return set(GROUPS) if sites.data else set(GROUPS) - NEED_DATA
-    for group in groups:
-        if group not in GROUPS:
-            raise PosteriorError(f"expected groups among {', '.join(GROUPS)}, got {group!r}: correct or remove it")
-        if group in NEED_DATA and not sites.data:
-            raise PosteriorError(f"expected a model that observes data for the group {group!r}, got none: remove it")
-    return set(groups)
-
-
-def _labels(plan: Plan, sites: _Sites, coords: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Labels of each dimension: the user's, or 0, 1, ..."""
-    owner: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    layouts = {**sites.latent, **sites.data}
-    for site, layout in layouts.items():
-        if len(set(layout.dims)) < len(layout.dims):
-            raise PosteriorError(f"expected different names for the dimensions of site {site!r}, got {layout.dims}")
-        for dim, size in zip(layout.dims, layout.shape, strict=True):
-            if dim in layouts or dim == DRAW or site == DRAW:
-                raise PosteriorError(
-                    f"the dimension {dim!r} of site {site!r} clashes with a site or with the draws' {DRAW!r}: "
-                    "rename it with dims={...}, or rename the plate or site"
-                )
-            if sizes.setdefault(dim, size) != size:
-                raise PosteriorError(
-                    f"the dimension {dim!r} has {sizes[dim]} elements at site {owner[dim]!r} and {size} at {site!r}: "
-                    "give them different names in dims"
-                )
-            owner.setdefault(dim, site)
-    labels = {dim: np.arange(size) for dim, size in sizes.items()}
-    for dim, given in coords.items():
-        if dim not in sizes:
-            raise PosteriorError(
-                f"expected coords of the dimensions {', '.join(sizes)}, got {dim!r}: correct or remove the name"
-            )
-        labels[dim] = np.asarray(given)
-        if labels[dim].shape != (sizes[dim],):
-            raise PosteriorError(
-                f"expected {sizes[dim]} labels in coords for the dimension {dim!r} (as site {owner[dim]!r} has), "
-                f"got shape {list(labels[dim].shape)}: pass one label per element"
-            )
-    return labels
-
-
-def _one_at_a_time_if_needed(plan: Plan, wanted: set[str]) -> Plan:
-    """The plan, vectorised only if the replay check also holds for the model without its data, and covers all sites."""
-    from inference.bounds.particles import make_plan
-
-    if not plan.vectorized:
-        return plan
-    for name, site in plan.prototype.model.items():
-        if _is_deterministic(site):
-            note = f"particles drawn one at a time: site {name!r} is deterministic, so no density checks its values"
-            return replace(plan, vectorized=False, note=note)
-    if not wanted & {"prior", "prior_predictive", "posterior_predictive"}:
-        return plan
-    free = _without_data(plan.model)
-    try:
-        check = make_plan(free, free, plan.args, plan.kwargs)
-        note = check.note
-        vectorized = check.vectorized
-    except Exception as error:  # any failure means one at a time; where the draws fail too, that is an error there
-        note = f"particles drawn one at a time: it fails ({type(error).__name__})"
-        vectorized = False
-    return plan if vectorized else replace(plan, vectorized=False, note=f"for the model without its data, {note}")
-
-
-def _is_deterministic(site: Site) -> bool:
-    return bool(site["infer"].get("_deterministic"))
-
-
-class _Draws:
-    """Arrays by group and variable, filled chunk by chunk: ``[num_samples, ...]`` each."""
-
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
-        self.start = 0
-        self.arrays: dict[str, dict[str, np.ndarray]] = {}
-
-    def put(self, group: str, name: str, rows: Tensor) -> None:
-        """Takes ``[count, ...]`` as the rows from ``start`` on."""
-        from inference.bounds.particles import NotANumberError
-
-        values = _to_numpy(rows)
-        if np.isnan(values).any():
-            draw = self.start + int(np.isnan(values).nonzero()[0][0])
-            raise NotANumberError(
-                f"expected numbers, got NaN at site {name!r} in group {group!r}, draw {draw}: look at what the site "
-                "is computed from"
-            )
-        arrays = self.arrays.setdefault(group, {})
-        if name not in arrays:
-            arrays[name] = np.empty((self.num_samples, *values.shape[1:]), values.dtype)
-        arrays[name][self.start : self.start + len(values)] = values
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    import torch
-
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    return (tensor.float() if half else tensor).detach().cpu().numpy()
-
-
-def _add(draws: _Draws, plan: Plan, sites: _Sites, particles: Particles, wanted: set[str]) -> None:
-    """Puts one chunk into the groups."""
-    from pyro import poutine
-    from pyro.distributions.util import scale_and_mask
-
-    count, dim = particles.count, particles.dim
-    _same_sites(plan, particles.model)
-    if "posterior" in wanted:
-        _put_values(draws, "posterior", sites.latent, particles.model, count, dim)
-    if "log_likelihood" in wanted:
-        for name, layout in sites.data.items():
-            site = particles.model[name]
-            pointwise = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
-            draws.put("log_likelihood", name, layout.log_densities(pointwise, count, dim))
-    if "sample_stats" in wanted:
-        for name, program in (("log_p", particles.model), ("log_q", particles.guide)):
-            terms = [plan.reduce(site["log_prob"], particles) for site in program.values()]
-            draws.put("sample_stats", name, sum(terms[1:], terms[0]))
-    free = _without_data(plan.model)
-    if "posterior_predictive" in wanted:
-        trace = poutine.Trace()
-        for name, site in particles.guide.items():
-            trace.add_node(name, **site)
-        predicted = _free_draw(poutine.replay(free, trace=trace), plan, count, dim)
-        _put_values(draws, "posterior_predictive", sites.data, predicted, count, dim)
-    if wanted & {"prior", "prior_predictive"}:
-        prior = _free_draw(free, plan, count, dim)
-        if "prior" in wanted:
-            _put_values(draws, "prior", sites.latent, prior, count, dim)
-        if "prior_predictive" in wanted:
-            _put_values(draws, "prior_predictive", sites.data, prior, count, dim)
-
-
-def _put_values(
-    draws: _Draws, group: str, layouts: dict[str, _Layout], sites: dict[str, Site], count: int, dim: int | None
-) -> None:
-    for name, layout in layouts.items():
-        draws.put(group, name, layout.values(sites[name]["value"], count, dim))
-
-
-def _without_data(model: Program) -> Program:
-    """The model with its data sites drawn: ``poutine.uncondition``, which would redraw deterministic sites as well."""
-    from pyro.poutine.uncondition_messenger import UnconditionMessenger
-
-    class DrawData(UnconditionMessenger):
-        def _pyro_sample(self, msg: Any) -> None:
-            if not _is_deterministic(msg):
-                super()._pyro_sample(msg)
-
-    return DrawData()(model)
-
-
-def _free_draw(program: Program, plan: Plan, count: int, dim: int | None) -> dict[str, Site]:
-    """Sites of the model run without its data, ``count`` times at once."""
-    import pyro
-    from pyro import poutine
-
-    from inference.bounds.particles import PARTICLES
-
-    try:
-        with nullcontext() if dim is None else pyro.plate(PARTICLES, count, dim=dim):
-            nodes = poutine.trace(program).get_trace(*plan.args, **plan.kwargs).nodes
-    except Exception as error:  # a program is foreign code: it may fail in any way where its data are drawn
-        raise PosteriorError(
-            "expected a model that can draw its own data, but without them it fails "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): leave prior and predictive groups out "
-            'with groups=("posterior", "log_likelihood", "observed_data", "sample_stats")'
-        ) from error
-    _same_sites(plan, nodes)
-    return nodes
-
-
-def _same_sites(plan: Plan, sites: Mapping[str, Site]) -> None:
-    for name in plan.prototype.model:
-        if name not in sites:
-            raise PosteriorError(
-                f"expected the same sites in each draw, but {name!r} is missing in some: draw it always, and ignore it "
-                "where it is not used"
-            )
-
-
-def _assemble(
-    draws: _Draws, plan: Plan, sites: _Sites, labels: dict[str, np.ndarray], wanted: set[str]
-) -> xarray.DataTree:
-    import pyro
-    import torch
-    import xarray
-
-    import ppl_models
-
-    data = draws.arrays
-    if "observed_data" in wanted:
-        data["observed_data"] = {
-            name: _to_numpy(layout.values(plan.prototype.model[name]["value"])[0])
-            for name, layout in sites.data.items()
-        }
-    layouts = {**sites.latent, **sites.data}
-    shared = tuple(name for name, _, _ in plan.shared)
-    dims_of: dict[str, Callable[[str], tuple[str, ...]]] = {
-        "log_likelihood": lambda name: (DRAW, *layouts[name].plates),
-        "observed_data": lambda name: layouts[name].dims,
-        "sample_stats": lambda name: (DRAW, *shared),
-    }
-    datasets = {}
-    for group in (group for group in GROUPS if group in data):
-        named = dims_of.get(group, lambda name: (DRAW, *layouts[name].dims))
-        variables = {name: (named(name), array) for name, array in data[group].items()}
-        used = dict.fromkeys(dim for dims, _ in variables.values() for dim in dims)
-        coords = {dim: np.arange(draws.num_samples) if dim == DRAW else labels[dim] for dim in used}
-        attrs = {"units": "nats"} if group in ("log_likelihood", "sample_stats") else {}
-        datasets[group] = xarray.Dataset(variables, coords, attrs)
-    tree = xarray.DataTree.from_dict(datasets)
-    tree.attrs = {
-        "units": "nats",
-        "num_samples": draws.num_samples,
-        "note": plan.note,
-        "creation_library": "ppl-models",
-        "creation_library_version": ppl_models.__version__,
-        "inference_library": "pyro",
-        "inference_library_version": pyro.__version__,
-        "torch_version": str(torch.__version__),
-        "xarray_version": xarray.__version__,
-    }
-    return tree
 
 
 def _require_group(tree: xarray.DataTree, group: str) -> xarray.Dataset:

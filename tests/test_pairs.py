@@ -138,10 +138,10 @@ def test_trace_elbo_equals_the_decomposition_and_the_objective(pair, x):
 def test_a_flipped_sign_is_caught_by_the_same_comparison(pair, x):
     """The twin of the test above: plus the distortion instead of minus it is far outside the tolerance.
 
-    Power: twice the distortion is above a nat a datum in every case, against standard errors below a tenth of it at 400
+    Power: twice the distortion is above a nat a datum in every case, against standard errors below a tenth of it at 4000
     particles, summed over data.
     """
-    d = decompose_elbo(pair.model, pair.guide, x, num_particles=400)
+    d = decompose_elbo(pair.model, pair.guide, x, num_particles=4000)
     wrong = d.elbo - 2 * d["x"].value
     error = d.std_error.square().sum().sqrt()
     assert abs(float((wrong - d.elbo).sum())) > Z_MAX * 2**0.5 * float(error)
