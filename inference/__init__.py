@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inference.bounds import Decomposition, NotANumberError, PairError, SiteTerm, decompose_elbo
+    from inference.bounds.evidence import Evidence
+    from inference.bounds.gradient_variance import GradientVariance, gradient_variance
+    from inference.bounds.importance import EvidenceError, log_evidence
     from inference.posterior import load_posterior, save_posterior, to_datatree
     from inference.training.config import ConfigError, TrainConfig
     from inference.training.datasets import DataError, DataSet, load_data
     from inference.training.divergence import TrainingDiverged
+    from inference.training.importance_objective import ImportanceWeightedLoss
     from inference.training.loop import fit
     from inference.training.objectives import ElboLoss
     from inference.training.runs import Run, RunError, load_run
@@ -27,6 +31,10 @@ _HOMES = {
     "DataSet": "inference.training.datasets",
     "Decomposition": "inference.bounds",
     "ElboLoss": "inference.training.objectives",
+    "Evidence": "inference.bounds.evidence",
+    "EvidenceError": "inference.bounds.importance",
+    "GradientVariance": "inference.bounds.gradient_variance",
+    "ImportanceWeightedLoss": "inference.training.importance_objective",
     "NotANumberError": "inference.bounds",
     "PairError": "inference.bounds",
     "Run": "inference.training.runs",
@@ -36,9 +44,11 @@ _HOMES = {
     "TrainingDiverged": "inference.training.divergence",
     "decompose_elbo": "inference.bounds",
     "fit": "inference.training.loop",
+    "gradient_variance": "inference.bounds.gradient_variance",
     "load_data": "inference.training.datasets",
     "load_posterior": "inference.posterior",
     "load_run": "inference.training.runs",
+    "log_evidence": "inference.bounds.importance",
     "save_posterior": "inference.posterior",
     "to_datatree": "inference.posterior",
 }
@@ -49,6 +59,10 @@ __all__ = [
     "DataSet",
     "Decomposition",
     "ElboLoss",
+    "Evidence",
+    "EvidenceError",
+    "GradientVariance",
+    "ImportanceWeightedLoss",
     "NotANumberError",
     "PairError",
     "Run",
@@ -58,9 +72,11 @@ __all__ = [
     "TrainingDiverged",
     "decompose_elbo",
     "fit",
+    "gradient_variance",
     "load_data",
     "load_posterior",
     "load_run",
+    "log_evidence",
     "save_posterior",
     "to_datatree",
 ]

@@ -51,6 +51,9 @@ class VAE(ModelGuidePair):
         torch.Size([3, 8, 8])
     """
 
+    prior_loc: Tensor
+    prior_scale: Tensor
+
     def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, likelihood: Likelihood) -> None:
         if latent_dim < 1:
             raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")

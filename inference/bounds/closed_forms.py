@@ -9,6 +9,7 @@ used the KL there would be wrong, not merely noisy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyro.distributions as dist
@@ -19,7 +20,7 @@ from torch.distributions import kl_divergence
 from torch.distributions.kl import _KL_REGISTRY
 
 from inference.bounds.dependencies import Parents, descendants
-from inference.bounds.particles import Site
+from inference.bounds.sites import Site
 
 KNOWN_LAWS = ("torch.distributions.", "pyro.distributions.torch")
 
@@ -28,7 +29,7 @@ class NoClosedFormError(Exception):
     """Why no closed form is used; the message is the sentence shown to the user."""
 
 
-def refuse_by_structure(name: str, guide_site: Site, model_site: Site, model: Parents, guide: Parents) -> None:
+def refuse_by_structure(name: str, model: Parents, guide: Parents) -> None:
     """Raises :class:`NoClosedFormError` where -KL(q || p) at ``name`` would not be the site's term."""
     below = descendants(name, guide)
     wrong = [parent for parent in model.get(name, ()) if parent in below]
@@ -37,20 +38,23 @@ def refuse_by_structure(name: str, guide_site: Site, model_site: Site, model: Pa
             f"refused: {_listed(wrong)}, above {name} in the model, {'descend' if len(wrong) > 1 else 'descends'} "
             f"from it in the guide, so -KL of the factors is not this term's expectation"
         )
-    for side in ("scale", "mask"):
-        if not _same(guide_site[side], model_site[side]):
-            raise NoClosedFormError(f"refused: model and guide have different {side}s at {name}, so the term is no KL")
-    if isinstance(_unwrapped(guide_site["fn"])[0], dist.Delta):
-        raise NoClosedFormError(f"the guide fixes {name} as a function of what is above it: nothing to integrate here")
 
 
 def site_divergence(guide_site: Site, model_site: Site) -> Tensor:
     """KL(q || p) of one site in nats, scaled and masked as the site is, of the site's batch shape.
 
     Raises:
-        NoClosedFormError: no closed form is known for these two laws.
+        NoClosedFormError: no closed form is known for these two laws, or scale or mask differ between them.
     """
     q, p = guide_site["fn"], model_site["fn"]
+    for side in ("scale", "mask"):
+        if not _same(guide_site[side], model_site[side]):
+            name = guide_site["name"]
+            raise NoClosedFormError(f"refused: model and guide have different {side}s at {name}, so the term is no KL")
+    if isinstance(_unwrapped(q)[0], dist.Delta):
+        raise NoClosedFormError(
+            f"no closed form: the guide fixes {guide_site['name']} as a function of what is above it, nothing to integrate"
+        )
     kl = divergence(q, p)
     expected = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
     kl = kl.expand(expected) if kl.shape != expected else kl
@@ -101,12 +105,12 @@ def divergence(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
             "declare the same with .to_event()"
         )
     names = f"KL({type(q_base).__name__} || {type(p_base).__name__})"
-    if (type(q_base), type(p_base)) not in _KL_REGISTRY:
-        for law in (q_base, p_base):
-            if not type(law).log_prob.__module__.startswith(KNOWN_LAWS):
-                raise NoClosedFormError(
-                    f"no closed form is known for {names}: {type(law).__name__} has a density of its own"
-                )
+    for law in (*_levels(q), *_levels(p)):
+        registered = (law is q_base or law is p_base) and (type(q_base), type(p_base)) in _KL_REGISTRY
+        if not registered and not type(law).log_prob.__module__.startswith(KNOWN_LAWS):
+            raise NoClosedFormError(
+                f"no closed form is known for {names}: {type(law).__name__} has a density of its own"
+            )
     batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape)  # not every entry of PyTorch's table broadcasts
     q_base, p_base = _expanded(q_base, batch, q_dims), _expanded(p_base, batch, p_dims)
     try:
@@ -118,8 +122,12 @@ def divergence(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
         else:
             with torch.enable_grad():  # the exponential-family entries differentiate inside
                 kl = sum_rightmost(kl_divergence(q_base, p_base), min(q_dims, p_dims))
-    except NotImplementedError:
-        raise NoClosedFormError(f"no closed form is known for {names}") from None
+    except (
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+    ):  # no entry in the table, or one that cannot take these shapes
+        raise NoClosedFormError(f"no closed form is known for {names} of these shapes") from None
     if kl.dim() > len(batch):
         raise NoClosedFormError(f"no closed form is known for {names} with these event dimensions")
     if q_mask is not None:
@@ -163,6 +171,13 @@ def _unwrapped(fn: Any) -> tuple[Any, int, Any]:
             return fn, dims, mask
 
 
+def _levels(law: Any) -> Iterator[Any]:
+    """A law and all that it is built on: what it wraps, and the base of a transformed law."""
+    while law is not None:
+        yield law
+        law = getattr(law, "base_dist", None)
+
+
 def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
@@ -170,7 +185,10 @@ def _same(a: Any, b: Any) -> bool:
         other = b if a is None else a
         return bool(torch.as_tensor(other).all()) if torch.as_tensor(other).dtype == torch.bool else False
     a, b = torch.as_tensor(a), torch.as_tensor(b)
-    return a.shape == b.shape and bool((a == b).all())
+    try:
+        return bool((a == b).all())
+    except RuntimeError:  # shapes that do not broadcast
+        return False
 
 
 def _listed(names: list[str]) -> str:

@@ -14,33 +14,19 @@ and used in the sum. A closed form must pass three tests, and the reason for ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from inference.bounds.closed_forms import (
-    NoClosedFormError,
-    law_name,
-    refuse_by_structure,
-    site_divergence,
-    site_entropy,
-)
-from inference.bounds.dependencies import Parents, parents
 from inference.bounds.moments import Moments
-from inference.bounds.particles import Particles, Plan, Program, Site, collect, forked_rng, make_plan
-from inference.bounds.terms import Decomposition, Kind, SiteTerm
+from inference.bounds.particles import Particles, Plan, Program, make_plan
+from inference.bounds.terms import Decomposition, SiteTerm
+from inference.bounds.validity import ClosedForms, RefusedError, find_closed_forms, site_kinds
 from inference.progress import Progress
-
-Exact = Callable[[Particles], Tensor]  # a site's own expectation given its parents, of the site's batch shape
 
 MAX_Z = 8.0  # a correct closed form fails this with probability below 1e-14 for Gaussian errors
 MIN_PARTICLES_FOR_Z = 100
-MAX_REDRAWN_SITES = 64
-REDRAWS = 4
 
 
 def decompose_elbo(
@@ -90,150 +76,60 @@ def decompose_elbo(
     """
     with torch.no_grad():
         plan = make_plan(model, guide, args, kwargs, vectorize)
-        reasons: dict[str, str] = {}
-        closed = _closed_form_sites(plan, reasons)
+        closed = find_closed_forms(plan)
         while True:
-            sums = _Sums(plan, closed)
-            with Progress("decomposing the ELBO", num_particles, unit="particles") as progress:
-                for particles in plan.chunks(num_particles, chunk_size):
-                    sums.add(particles)
-                    progress.advance(particles.count)
-            late = sums.refusals()
-            if not late:
-                return sums.result(reasons)
-            closed = {name: exact for name, exact in closed.items() if name not in late}
-            reasons.update(late)
-
-
-def closed_form_sites(model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, str]:
-    """The sites whose term has a valid closed form, each with the sentence that says which.
-
-    Example:
-        >>> from ppl_models import LinearGaussian
-        >>> pair = LinearGaussian.random(data_dim=3, latent_dim=2, guide="mean_field")
-        >>> closed_form_sites(pair.model, pair.guide, torch.zeros(4, 3))
-        {'z': 'closed form: -KL(Normal || Normal)'}
-    """
-    reasons: dict[str, str] = {}
-    with torch.no_grad(), forked_rng():
-        plan = make_plan(model, guide, args, kwargs, vectorize=False)
-        return {name: reasons[name] for name in _closed_form_sites(plan, reasons)}
-
-
-def _closed_form_sites(plan: Plan, reasons: dict[str, str]) -> dict[str, Exact]:
-    """Sites whose closed form is valid, with it; ``reasons`` receives one sentence for every site."""
-    prototype = plan.prototype
-    try:
-        above_in_guide = parents(plan.guide, plan.args, plan.kwargs)
-        replayed = poutine.replay(plan.model, trace=_as_trace(prototype.guide))
-        above_in_model = parents(replayed, plan.args, plan.kwargs)
-        failure = ""
-    except Exception as error:  # foreign programs may fail under tagging in any way; said in the reason
-        above_in_guide, above_in_model = {}, {}
-        failure = f"dependencies could not be traced ({type(error).__name__})"
-    closed: dict[str, Exact] = {}
-    for name, kind in _kinds(prototype).items():
-        try:
-            if kind == "latent":
-                if failure:
-                    raise NoClosedFormError(failure)
-                refuse_by_structure(name, prototype.guide[name], prototype.model[name], above_in_model, above_in_guide)
-                closed[name] = _minus_divergence(name)
-                closed[name](prototype)
-                reasons[name] = _reason_for(name, prototype, above_in_model, above_in_guide)
-            elif kind == "auxiliary":
-                closed[name] = _entropy(name)
-                closed[name](prototype)
-                reasons[name] = (
-                    f"only in the guide: the entropy of {law_name(prototype.guide[name]['fn'])} in closed form"
-                )
-            elif not failure and name in above_in_model and not above_in_model[name]:
-                closed[name] = _constant(name)
-                reasons[name] = (
-                    f"{'observed' if kind == 'observed' else 'a factor'} with nothing latent above it: a constant"
-                )
-            elif kind == "observed":
-                reasons[name] = "observed: its expected log-likelihood is estimated from the draws"
-            else:
-                reasons[name] = "a factor: a term without a law, averaged over the draws"
-        except NoClosedFormError as refusal:
-            closed.pop(name, None)
-            reasons[name] = str(refusal)
-    suspects = [name for name in closed if name in prototype.guide]
-    stride = -(-len(suspects) // MAX_REDRAWN_SITES) or 1
-    for name in suspects[::stride]:
-        if _moves_when_redrawn(plan, name, closed[name]):
-            del closed[name]
-            reasons[name] = (
-                f"refused: redrawing {name} alone changed its own closed form, so what it rests on depends on it"
-            )
-    return closed
-
-
-def _minus_divergence(name: str) -> Exact:
-    return lambda particles: -site_divergence(particles.guide[name], particles.model[name])
-
-
-def _entropy(name: str) -> Exact:
-    return lambda particles: site_entropy(particles.guide[name])
-
-
-def _constant(name: str) -> Exact:
-    return lambda particles: particles.model[name]["log_prob"]
-
-
-def _reason_for(name: str, prototype: Particles, model: Parents, guide: Parents) -> str:
-    above = [site for site in prototype.guide if site in model.get(name, frozenset()) | guide.get(name, frozenset())]
-    given = f" given draws of {', '.join(above)}" if above else ""
-    laws = f"{law_name(prototype.guide[name]['fn'])} || {law_name(prototype.model[name]['fn'])}"
-    return f"closed form: -KL({laws}){given}"
-
-
-def _kinds(particles: Particles) -> dict[str, Kind]:
-    """Each site's kind: the model's order first, then the sites that only the guide has."""
-    kinds: dict[str, Kind] = {}
-    for name, site in particles.model.items():
-        kinds[name] = (
-            "latent" if not site["is_observed"] else "factor" if law_name(site["fn"]) == "Unit" else "observed"
-        )
-    for name, site in particles.guide.items():
-        if name not in kinds:
-            kinds[name] = "factor" if site["is_observed"] else "auxiliary"
-    return kinds
+            try:
+                return _Sums(plan, closed).over(num_particles, chunk_size)
+            except RefusedError as late:  # one closed form fewer, and all draws anew
+                closed.refuse(late.name, late.reason)
 
 
 class _Sums:
     """Running moments of each term, of the sums, and of what decides whether closed forms agree with draws."""
 
-    def __init__(self, plan: Plan, closed: dict[str, Exact]) -> None:
+    def __init__(self, plan: Plan, closed: ClosedForms) -> None:
         self.plan = plan
         self.closed = closed
-        self.kinds = _kinds(plan.prototype)
+        self.kinds = site_kinds(plan.prototype)
         self.drawn = {name: Moments() for name in self.kinds}
-        self.analytic = {name: Moments() for name in closed}
-        self.difference = {name: Moments() for name in closed}
+        self.analytic = {name: Moments() for name in closed.exact}
+        self.difference = {name: Moments() for name in closed.exact}
         self.best, self.monte_carlo, self.best_mean, self.monte_carlo_mean = (Moments() for _ in range(4))
-        self.changing: dict[str, str] = {}
+
+    def over(self, num_particles: int, chunk_size: int | None) -> Decomposition:
+        """Draws the particles and returns the terms.
+
+        Raises:
+            RefusedError: the draws speak against a closed form.
+        """
+        with Progress("decomposing the ELBO", num_particles, unit="particles") as progress:
+            for particles in self.plan.chunks(num_particles, chunk_size):
+                self.closed.check_structure(self.plan, particles)
+                self.add(particles)
+                progress.advance(particles.count)
+        for name in self.analytic:
+            self._compare(name)
+        return self.result()
 
     def add(self, particles: Particles) -> None:
         """Takes a chunk of particles in."""
-        kinds = _kinds(particles)
+        kinds = site_kinds(particles)
         for name in kinds.keys() - self.kinds.keys():  # a site that earlier draws did not have contributed zero to them
             self.kinds[name] = kinds[name]
             self.drawn[name] = Moments()
-            seen = self.monte_carlo.count
-            if seen:
-                self.drawn[name].add(torch.zeros(seen, *self.plan.shape))
+            if self.monte_carlo.count:
+                self.drawn[name].add(torch.zeros(self.monte_carlo.count, *self.plan.shape))
         if kinds.keys() != self.kinds.keys():
-            self.changing = dict.fromkeys(self.closed, "refused: the set of sites changes from draw to draw")
-        shape = (particles.count, *self.plan.shape)
-        best = total = torch.zeros(shape, dtype=torch.float64)
+            for name in self.analytic:
+                raise RefusedError(name, "refused: the set of sites changes from draw to draw")
+        zeros = torch.zeros(particles.count, *self.plan.shape, dtype=torch.float64)
+        best = total = zeros
         for name in self.kinds:
-            term = self._term(name, particles) if name in kinds else torch.zeros(shape, dtype=torch.float64)
+            term = self._term(name, particles) if name in kinds else zeros
             self.drawn[name].add(term)
             total = total.to(term.device) + term
-            if name in self.closed and name in kinds:
-                exact = self.plan.reduce(self.closed[name](particles), particles)
+            if name in self.analytic:
+                exact = self.plan.reduce(self.closed.value(name, particles), particles)
                 self.analytic[name].add(exact)
                 self.difference[name].add(_over_data(term - exact))
                 term = exact
@@ -244,36 +140,50 @@ class _Sums:
         self.monte_carlo_mean.add(_over_data(total))
 
     def _term(self, name: str, particles: Particles) -> Tensor:
+        """log p - log q of one site, each as far as its program has it."""
         model, guide = particles.model.get(name), particles.guide.get(name)
         term: Any = 0
         if model is not None:
             term = self.plan.reduce(model["log_prob"], particles)
-        if guide is not None and (model is None or not model["is_observed"]):
+        if guide is not None:
             term = term - self.plan.reduce(guide["log_prob"], particles)
         return term
 
-    def refusals(self) -> dict[str, str]:
-        """Closed forms that the draws speak against, with the reason."""
-        if self.changing:
-            return self.changing
-        refused = {}
-        for name in self.closed:
-            z = self.z_score(name)
-            if z is not None and abs(z) > MAX_Z and self.best.count >= MIN_PARTICLES_FOR_Z:
-                refused[name] = f"refused: the closed form contradicts the draws (z = {z:.1f})"
-        return refused
+    def _compare(self, name: str) -> None:
+        """Raises :class:`RefusedError` where the draws contradict a closed form.
+
+        Discrete laws are left out: an event too rare to be drawn would count as a contradiction.
+        """
+        if name in self.closed.constants:
+            spread, size = float(self.drawn[name].std_error.max()), float(self.drawn[name].mean.abs().max())
+            if self.drawn[name].count > 1 and spread > 100 * self._rounding(name) * (1 + size):
+                raise RefusedError(name, "observed: it varies with the draws, so something latent stands above it")
+            return
+        z = self.z_score(name)
+        fn = self.plan.prototype.guide[name]["fn"]
+        if z is None or self.best.count < MIN_PARTICLES_FOR_Z or fn.support.is_discrete:
+            return
+        if abs(z) > MAX_Z:
+            raise RefusedError(name, f"refused: the closed form contradicts the draws (z = {z:.1f})")
 
     def z_score(self, name: str) -> float | None:
-        """Paired difference of Monte Carlo and closed form, averaged over data, in standard errors."""
-        if name not in self.closed:
+        """Paired difference of Monte Carlo and closed form, averaged over data, in standard errors.
+
+        None without a closed form, or where the draws have no spread to measure it by.
+        """
+        if name not in self.analytic:
             return None
         mean, error = float(self.difference[name].mean), float(self.difference[name].std_error)
-        scale = 1e-5 * (1.0 + abs(float(self.analytic[name].mean.mean())))
-        if abs(mean) <= scale and error <= scale:  # two constants that agree to rounding
+        rounding = 1e3 * self._rounding(name) * (1.0 + abs(float(self.analytic[name].mean.mean())))
+        if abs(mean) <= rounding and error <= rounding:  # two constants that agree
             return 0.0
-        return mean / error if error > 0 else float("inf")
+        return mean / error if 0 < error < float("inf") else None
 
-    def result(self, reasons: dict[str, str]) -> Decomposition:
+    def _rounding(self, name: str) -> float:
+        sites = (self.plan.prototype.model.get(name), self.plan.prototype.guide.get(name))
+        return max(torch.finfo(site["log_prob"].dtype).eps for site in sites if site is not None)
+
+    def result(self) -> Decomposition:
         """The moments as a :class:`Decomposition`."""
         terms = {}
         for name, kind in self.kinds.items():
@@ -285,7 +195,7 @@ class _Sums:
                 self.drawn[name].std_error,
                 exact.mean if exact else None,
                 exact.std_error if exact else None,
-                reasons.get(name, "appears in some draws only; zero in the others"),
+                self.closed.reasons.get(name, "appears in some draws only; zero in the others"),
                 self.z_score(name),
             )
         return Decomposition(
@@ -304,47 +214,3 @@ class _Sums:
 
 def _over_data(terms: Tensor) -> Tensor:
     return terms.flatten(1).mean(1) if terms.dim() > 1 else terms
-
-
-def _moves_when_redrawn(plan: Plan, name: str, exact: Exact) -> bool:
-    """Whether redrawing one site, all else equal, changes its own closed form; the random state is restored."""
-    with forked_rng():
-        first, *others = _redrawn(plan, name, exact)
-        return any(other != first for other in others)
-
-
-def _redrawn(plan: Plan, name: str, exact: Exact) -> Iterator[Any]:
-    """The closed form at ``name`` for the guide's own draw and for other draws there, under one random stream."""
-    seed = int(torch.randint(2**31, ()))
-    for k in range(REDRAWS + 1):
-        torch.manual_seed(seed)
-        with _Redraw(name, seed + k) if k else Messenger():
-            guide = poutine.trace(plan.guide).get_trace(*plan.args, **plan.kwargs)
-        torch.manual_seed(seed)
-        model = poutine.trace(poutine.replay(plan.model, trace=guide)).get_trace(*plan.args, **plan.kwargs)
-        particles = collect(model, guide)
-        present = name in particles.guide and (name in particles.model or name not in plan.prototype.model)
-        yield exact(particles).flatten().tolist() if present else None
-
-
-class _Redraw(Messenger):
-    """Replaces one site's value by another draw of its law, after the program's own draw has used the random stream."""
-
-    def __init__(self, name: str, seed: int) -> None:
-        super().__init__()
-        self.name = name
-        self.seed = seed
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] == self.name:
-            state = torch.get_rng_state()
-            torch.manual_seed(self.seed)
-            msg["value"] = msg["fn"].sample()
-            torch.set_rng_state(state)
-
-
-def _as_trace(sites: dict[str, Site]) -> poutine.Trace:
-    trace = poutine.Trace()
-    for name, site in sites.items():
-        trace.add_node(name, **site)
-    return trace

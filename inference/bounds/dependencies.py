@@ -5,8 +5,8 @@ This is what ``pyro.infer.inspect.get_dependencies`` does, with two differences 
 
 - ``Delta`` sites are sites here. ``get_dependencies`` elides them, and so would not see that ``z ~ Delta(f(w))`` in a
   guide descends from ``w``, as the sites of Pyro's autoguides descend from their auxiliary latent.
-- A value read into Python (``if z > 0``, ``int(z)``, ``z.item()``) loses its tag. From there on every later site of the
-  program counts as its child.
+- A value read into Python (``if z > 0``, ``int(z)``, ``z.item()``) or written into an untagged tensor (``t[0] = z``) loses
+  its tag. From there on every later site of the program counts as its child.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch.overrides import TorchFunctionMode
 
 Parents = dict[str, frozenset[str]]
 
-READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__"} | {
+SCALAR_READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__contains__"} | {
     "equal",
     "allclose",
     "is_nonzero",
 }
+READS = SCALAR_READS | {"numpy", "__array__", "__dlpack__"}
 
 
 def parents(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parents:
@@ -43,6 +44,30 @@ def parents(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         >>> {site: sorted(up) for site, up in parents(program, (), {}).items()}
         {'a': [], 'b': ['a'], 'c': ['b']}
     """
+    found, _ = _tagged_run(program, args, kwargs)
+    return found
+
+
+def scalars_read(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> frozenset[str]:
+    """Latent sites whose value either program reads into Python as a number or truth value, so that it may branch on it.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def program():
+        ...     return "positive" if pyro.sample("z", dist.Normal(0.0, 1.0)) > 0 else "negative"
+        >>> sorted(scalars_read(program, program, (), {}))
+        ['z']
+    """
+    with torch.no_grad():
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    _, above = _tagged_run(guide, args, kwargs)
+    _, below = _tagged_run(poutine.replay(model, trace=trace), args, kwargs)
+    return above.scalars_read | below.scalars_read
+
+
+def _tagged_run(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Parents, _Tagger]:
     tags = _Tagger()
     with torch.no_grad(), pyro.validation_enabled(False), _ReadWatcher(tags), tags:
         trace = poutine.trace(program).get_trace(*args, **kwargs)
@@ -51,7 +76,7 @@ def parents(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
             if site["type"] == "sample" and not site_is_subsample(site):
                 reached = get_provenance([site["fn"].log_prob(site["value"]), site["mask"], site["scale"]])
                 found[name] = frozenset(reached - {name}) | (tags.read_before[name] - {name})
-    return found
+    return found, tags
 
 
 def descendants(of: str, links: Mapping[str, frozenset[str]]) -> frozenset[str]:
@@ -75,6 +100,7 @@ class _Tagger(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.read: frozenset[str] = frozenset()
+        self.scalars_read: frozenset[str] = frozenset()
         self.read_before: dict[str, frozenset[str]] = {}
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
@@ -93,6 +119,19 @@ class _ReadWatcher(TorchFunctionMode):
         self.tags = tags
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in READS:
-            self.tags.read |= get_provenance([args, kwargs or {}])
-        return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in READS:
+            reached = get_provenance([args, kwargs or {}])
+            self.tags.read |= reached
+            if name in SCALAR_READS:
+                self.tags.scalars_read |= reached
+        result = func(*args, **(kwargs or {}))
+        if name not in READS and not isinstance(args[0] if args else None, ProvenanceTensor):
+            writes = (
+                name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in (kwargs or {})
+            )
+            if writes or (isinstance(result, torch.Tensor) and not isinstance(result, ProvenanceTensor)):
+                self.tags.read |= get_provenance(
+                    [args, kwargs or {}]
+                )  # written where no tag is kept, or lost on the way
+        return result

@@ -11,6 +11,7 @@ model and not marked auxiliary, and a guide site that the model observes are eac
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,22 +21,38 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
+from inference.bounds.sites import (
+    PARTICLES,
+    NotANumberError,
+    PairError,
+    Site,
+    check_sites,
+    is_deterministic,
+    refuse_nan,
+    sample_sites,
+)
+
 Program = Callable[..., Any]
-Site = dict[str, Any]
 
-PARTICLES = "_particles"
+__all__ = [
+    "PARTICLES",
+    "NotANumberError",
+    "PairError",
+    "Particles",
+    "Plan",
+    "Program",
+    "Site",
+    "collect",
+    "draw",
+    "forked_rng",
+    "make_plan",
+    "prototype_draw",
+]
+
 ELEMENTS_AT_ONCE = 2**21  # site elements held at a time: 16 MiB of float64 for each array of that size
-
-
-class PairError(ValueError):
-    """A model and a guide that do not form a pair; the message names the site and the remedy."""
-
-
-class NotANumberError(ValueError):
-    """A log-density that is not a number; the message names program, site and datum."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +93,20 @@ class Plan:
 
     def chunks(self, num_particles: int, chunk_size: int | None = None) -> Iterator[Particles]:
         """Yields chunks that hold ``num_particles`` particles together."""
-        if num_particles < 1:
-            raise ValueError(f"expected num_particles >= 1, got {num_particles}")
+        if not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(f"expected a whole num_particles >= 1, got {num_particles!r}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"expected chunk_size >= 1 or None, got {chunk_size}")
         if not self.vectorized:
             for _ in range(num_particles):
-                yield draw(self.model, self.guide, self.args, self.kwargs)
+                particles = located_draw(self.model, self.guide, self.args, self.kwargs)
+                check_sites(particles.model, particles.guide)
+                yield particles
             return
         size = chunk_size or self.default_chunk()
         for start in range(0, num_particles, size):
             count = min(size, num_particles - start)
-            yield draw(self.model, self.guide, self.args, self.kwargs, count, -self.nesting - 1)
+            yield located_draw(self.model, self.guide, self.args, self.kwargs, count, -self.nesting - 1)
 
     def default_chunk(self) -> int:
         """Particles at a time such that the sites' values stay within a fixed number of elements."""
@@ -125,8 +146,10 @@ def make_plan(
         PairError: missing, superfluous or observed guide sites; or ``vectorize=True`` on programs that do not allow it.
         NotANumberError: a log-density is not a number.
     """
+    from inference.bounds.vectorizing import obstacle_to_vectorizing
+
     prototype = prototype_draw(model, guide, args, kwargs)
-    sites = [*prototype.model.values(), *prototype.guide.values()]
+    sites = [s for s in (*prototype.model.values(), *prototype.guide.values()) if not is_deterministic(s)]
     frames = [{f.name: f for f in site["cond_indep_stack"] if f.vectorized} for site in sites]
     nesting = max([0, *(-f.dim for stack in frames for f in stack.values())])
     common = set.intersection(*(set(stack) for stack in frames)) if frames else set()
@@ -144,7 +167,7 @@ def make_plan(
     )
     if vectorize is False:
         return plan
-    obstacle = _obstacle_to_vectorizing(plan)
+    obstacle = obstacle_to_vectorizing(plan)
     if obstacle and vectorize:
         raise PairError(f"expected programs that run under an outer particle plate, but {obstacle}: use vectorize=None")
     note = (
@@ -168,12 +191,10 @@ def draw(
 ) -> Particles:
     """One guide trace, and the model replayed on it; ``count`` particles at once under a plate at ``dim``."""
     if dim is None:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        model_trace, guide_trace = _traces(model, guide, args, kwargs)
     else:
         with pyro.plate(PARTICLES, count, dim=dim):
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+            model_trace, guide_trace = _traces(model, guide, args, kwargs)
     return collect(model_trace, guide_trace, count, dim)
 
 
@@ -183,127 +204,59 @@ def collect(
     """Computes log-densities and keeps the sample sites, without subsampling sites and the particle plate."""
     model_trace.compute_log_prob()
     guide_trace.compute_log_prob()
-    particles = Particles(_sample_sites(model_trace), _sample_sites(guide_trace), count, dim)
-    _refuse_nan(particles)
+    particles = Particles(sample_sites(model_trace), sample_sites(guide_trace), count, dim)
+    refuse_nan(particles.model, particles.guide)
     return particles
 
 
 def prototype_draw(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Particles:
-    """The first particle, with the sites checked; a program stopped by a NaN parameter is told apart by site."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found vars in model but not guide|Found non-auxiliary vars in guide")
-            particles = draw(model, guide, args, kwargs)
-    except ValueError as error:
-        if isinstance(error, (PairError, NotANumberError)):
-            raise
-        with pyro.validation_enabled(False):  # let the NaN pass, to see at which site it first shows
-            try:
-                draw(model, guide, args, kwargs)
-            except NotANumberError as located:
-                raise located from error
-            except Exception:  # the second run only serves to locate; the first error stands
-                raise error from None
-        raise
-    check_sites(particles)
+    """The first particle, with the sites checked."""
+    with warnings.catch_warnings():  # what Pyro remarks on is refused below, by site
+        warnings.filterwarnings("ignore", "Found vars in model but not guide|Found non-auxiliary vars in guide")
+        particles = located_draw(model, guide, args, kwargs)
+    check_sites(particles.model, particles.guide)
     return particles
 
 
-def check_sites(particles: Particles) -> None:
-    """Raises :class:`PairError` unless guide sites and latent model sites match."""
-    model, guide = particles.model, particles.guide
-    for name, site in model.items():
-        if site["is_observed"]:
-            if name in guide and not guide[name]["is_observed"]:
-                raise PairError(f"the guide draws site {name!r}, which the model observes: remove it from the guide")
-        elif name not in guide:
-            raise PairError(
-                f"the model's latent site {name!r} has no guide site: add pyro.sample({name!r}, ...) to the guide"
-                + (" (sites enumerated in the model need one here)" if site["infer"].get("enumerate") else "")
-            )
-    for name, site in guide.items():
-        if name not in model and not site["infer"].get("is_auxiliary") and not site["is_observed"]:
-            raise PairError(
-                f"the guide's site {name!r} is not in the model: remove it, or mark it with "
-                "infer={'is_auxiliary': True} if it only serves to draw other sites"
-            )
-
-
-def _sample_sites(trace: poutine.Trace) -> dict[str, Site]:
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site) and name != PARTICLES
-    }
-
-
-def _refuse_nan(particles: Particles) -> None:
-    for program, sites in (("guide", particles.guide), ("model", particles.model)):
-        for name, site in sites.items():
-            bad = torch.isnan(site["log_prob"])
-            if bool(bad.any()):
-                index = bad.nonzero()[0].tolist()
-                parameters = [
-                    key
-                    for key in getattr(site["fn"], "arg_constraints", {})
-                    if isinstance(getattr(site["fn"], key, None), Tensor)
-                    and bool(getattr(site["fn"], key).isnan().any())
-                ]
-                cause = f"its {' and '.join(parameters)} is not a number" if parameters else "look at its value"
-                if bool(torch.isnan(site["value"]).any()) and site["is_observed"]:
-                    cause = "the observed data hold a NaN"
-                raise NotANumberError(
-                    f"expected finite log-densities, got NaN at site {name!r} of the {program}, batch index {index}: {cause}"
-                )
-
-
-def _obstacle_to_vectorizing(plan: Plan, count: int = 3) -> str:
-    """Why particles cannot be vectorised; empty when a vectorised draw agrees with its particles replayed singly."""
-    for program in (plan.prototype.model, plan.prototype.guide):
-        for site in program.values():
-            if site["log_prob"].dim() > plan.nesting:
-                return f"site {site['name']!r} has a batch dimension outside any plate"
-    if _subsamples(plan):
-        return "a plate subsamples, so each particle draws a subsample of its own"
+def located_draw(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    count: int = 1,
+    dim: int | None = None,
+) -> Particles:
+    """:func:`draw`; where validation stops a program, the same draw is repeated without, to name the first NaN's site."""
+    state = torch.get_rng_state()
     try:
-        with forked_rng():
-            many = draw(plan.model, plan.guide, plan.args, plan.kwargs, count, -plan.nesting - 1)
-            for k in range(count):
-                difference = _replayed_singly(plan, many, k)
-                if difference:
-                    return difference
-    except Exception as error:  # any failure under the plate means: one at a time, and says why
-        message = str(error).strip().splitlines() or [type(error).__name__]
-        return f"under an outer plate the programs fail ({type(error).__name__}: {message[0][:120]})"
-    return ""
+        return draw(model, guide, args, kwargs, count, dim)
+    except ValueError as error:
+        if isinstance(error, (PairError, NotANumberError)):
+            raise
+        torch.set_rng_state(state)
+        with pyro.validation_enabled(False):
+            try:
+                draw(model, guide, args, kwargs, count, dim)
+            except NotANumberError as located:
+                raise located from error
+            except Exception:  # the repetition only serves to locate; the first error stands
+                raise error from None
+        raise
 
 
-def _replayed_singly(plan: Plan, many: Particles, k: int) -> str:
-    """Replays particle k alone; where its log-densities differ from the vectorised ones."""
-    if set(many.guide) != set(plan.prototype.guide) or set(many.model) != set(plan.prototype.model):
-        return "the set of sites changes from draw to draw"
-    trace = poutine.Trace()
-    for name, site in many.guide.items():
-        value, shape = site["value"], plan.prototype.guide[name]["value"].shape
-        position = value.dim() - site["fn"].event_dim - plan.nesting - 1
-        if position >= 0 and value.shape[position] == many.count:
-            value = value.select(position, k)
-        trace.add_node(name, **{**site, "value": value.reshape(shape)})
-    guide_trace = poutine.trace(poutine.replay(plan.guide, trace=trace)).get_trace(*plan.args, **plan.kwargs)
-    model_trace = poutine.trace(poutine.replay(plan.model, trace=trace)).get_trace(*plan.args, **plan.kwargs)
-    one = collect(model_trace, guide_trace)
-    for together, single in ((many.guide, one.guide), (many.model, one.model)):
-        if set(together) != set(single):
-            return "the set of sites changes from draw to draw"
-        for name in together:
-            expected = plan.reduce(single[name]["log_prob"], one)[0]
-            got = plan.reduce(together[name]["log_prob"], many)[k]
-            tolerance = torch.finfo(single[name]["log_prob"].dtype).eps ** 0.5
-            if not torch.allclose(got, expected, rtol=tolerance, atol=tolerance):
-                return f"site {name!r} has another log-density when particles are vectorised"
-    return ""
-
-
-def _subsamples(plan: Plan) -> bool:
-    sites = [*plan.prototype.model.values(), *plan.prototype.guide.values()]
-    return any(f.size != f.full_size for site in sites for f in site["cond_indep_stack"] if f.full_size is not None)
+def _traces(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[poutine.Trace, poutine.Trace]:
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    if isinstance(poutine.unwrap(guide), GuideMessenger):  # such a guide runs the model: its data are no terms of it
+        for name in [name for name, site in guide_trace.nodes.items() if site.get("is_observed")]:
+            guide_trace.remove_node(name)
+    try:
+        return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
+    except RuntimeError as error:
+        name = re.match(r"site (\S+) must be sampled in trace", str(error))
+        if name is None:
+            raise
+        raise PairError(
+            f"the guide observes site {name[1]!r}, which is latent in the model: draw it in the guide"
+        ) from error

@@ -57,8 +57,9 @@ class Decomposition(Mapping[str, SiteTerm]):
     """Terms by site; ``d[site]`` is a :class:`SiteTerm`, ``d.elbo`` their sum.
 
     ``elbo`` and ``std_error`` use the better estimate of each term, ``monte_carlo`` and ``monte_carlo_std_error`` draws
-    alone; all have the shape [B]. ``total_std_error`` is the error of the mean of ``elbo`` over data. Errors are computed
-    from whole particles, so correlations between terms are in them.
+    alone; all have the shape [B]. The best of each term is not always the best sum: near the posterior the errors of the
+    drawn terms cancel, and the sum of draws alone has the smaller error. ``mean_std_error`` is the error of the mean of
+    ``elbo`` over data. Errors are computed from whole particles, so correlations between terms are in them.
     """
 
     terms: dict[str, SiteTerm]

@@ -108,12 +108,12 @@ def _absolute(spec: str) -> str:
 
 def _levels_and_kind(spec: str, scaling: str | None) -> tuple[int | None, str]:
     """The number of levels (None: continuous) and "image" or "point", from the list of data or from the file."""
-    reader, _, place = spec.partition(":")
-    rows = {row["spec"].partition(":")[0]: row for row in list_data()}
-    if reader == "npz" or reader not in rows or (place == "") != (rows[reader]["spec"] == reader):
+    rows = {row["spec"].partition(":")[:2]: row for row in list_data()}
+    row = rows.get(spec.partition(":")[:2])
+    if row is None or row["kind"] is None:
         data = load_data(spec, scaling=scaling)  # of what is no data, this says so
         return data.levels, data.kind
-    return rows[reader]["levels"], rows[reader]["kind"]
+    return row["levels"], row["kind"]
 
 
 def _likelihood(spec: str, levels: int | None) -> str:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from inference.training.datasets import DataError, DataSet, load_data
+from inference.training.inputs import fingerprint
 from inference.training.items import first_entry, num_items
 from inference.training.runs import Run, load_run
+from inference.training.scaling import binarize_fixed
 from ppl_models.pair import ModelGuidePair
 
 
@@ -40,7 +42,7 @@ def open_run(folder: Path, spec: str | None = None, num_data: int | None = None)
 
     Raises:
         RunError: not a run, or one whose data are not on record and none are given.
-        DataError: data of another shape, or that the pair gives no probability to.
+        DataError: data of another shape, that the pair gives no probability to, or that are no longer those of the run.
     """
     run = load_run(folder)
     data = _data(run, spec)
@@ -57,6 +59,8 @@ def open_run(folder: Path, spec: str | None = None, num_data: int | None = None)
     x = source[:count] if isinstance(source, Tensor) else torch.stack([first_entry(source[i]) for i in range(count)])
     if x.is_floating_point():
         x = x.to(next(run.pair.parameters()).dtype)
+    if data.binarization == "dynamic" and not held_out:
+        x = binarize_fixed(x, 0)
     run.pair.check_data(x, "test" if held_out else "train")
     part = "held-out" if held_out else "training"
     words = f"{total if count == total else f'the first {count} of {total}'} {part} data of {data.name}"
@@ -64,7 +68,13 @@ def open_run(folder: Path, spec: str | None = None, num_data: int | None = None)
 
 
 def _data(run: Run, spec: str | None) -> DataSet:
-    if spec is None:
-        return run.data()
     stated = run.config["data"]
-    return load_data(spec, scaling=stated["scaling"], binarization=stated["binarization"])
+    if spec is not None:
+        return load_data(spec, scaling=stated["scaling"], binarization=stated["binarization"])
+    data = run.data()
+    if fingerprint(data) != stated["sha256"]:
+        raise DataError(
+            f"data: expected the data that the run was trained on, but {stated['spec']} holds other values now; put them "
+            "back, or say with --data what to look at"
+        )
+    return data

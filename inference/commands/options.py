@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from inference.training.config import ConfigError, TrainConfig, explain
-from inference.training.storage import read_yaml
+from inference.training.texts import read_yaml
 
 
 class TrainOptions(TrainConfig):

@@ -117,8 +117,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> tuple[dic
         data = read_bytes(path)
     except StorageError as error:
         raise CheckpointError(str(error)) from error
-    digest = sha256(data)
-    recorded = _recorded_digests(path)
+    digest, recorded = sha256(data), _recorded_digests(path)
     if digest not in recorded:
         raise CheckpointError(
             f"{path} is truncated or changed: the SHA-256 of its {len(data)} bytes is {digest}, the recorded one is "

@@ -1,6 +1,7 @@
 """What a training run shows: epoch, ELBO, rate and distortion, bits/dim, active units, speed, time left; on stderr.
 
-A live line on a terminal; elsewhere plain lines, the first, the last, and one every few seconds between.
+On a terminal one line that is drawn over and over; elsewhere plain lines: the first epoch, the last, and every few seconds
+either an epoch or, where epochs are long, how far the one under way is.
 """
 
 from __future__ import annotations
@@ -10,28 +11,45 @@ import time
 from typing import Any
 
 LINE_SECONDS = 5.0
-HEADER = "epoch      train ELBO  valid ELBO  +- SE   rate   distortion  bits/dim  active  it/s   left"
+DRAW_SECONDS = 0.25
+HEADER = "epoch      train ELBO  valid ELBO  +- SE    rate  distortion  bits/dim  active   it/s   left"
 
 
-def metrics_line(row: dict[str, float], epochs: int, rate: float, left: float) -> str:
+def metrics_line(row: dict[str, float], epochs: int, speed: float, left: float) -> str:
     """One epoch as text, nats per datum, under :data:`HEADER`.
+
+    Args:
+        row: of the run's metrics.
+        epochs: how many there will be at most.
+        speed: steps per second.
+        left: seconds.
 
     Example:
         >>> row = dict(epoch=3, train_elbo=-10.5, validation_elbo=-11.0, validation_std_error=0.1, validation_rate=4.0,
         ...            validation_distortion=7.0, validation_bits_per_dim=0.25, active_units=5)
         >>> print(metrics_line(row, 10, 120.0, 61.0))
-        3/10           -10.50      -11.00   0.10    4.00        7.00     0.250       5   120   1:01
+        3/10           -10.50      -11.00   0.10    4.00        7.00     0.250       5    120   1:01
     """
-    minutes, seconds = divmod(round(left), 60)
     return f"{int(row['epoch'])}/{epochs}".ljust(9) + (
         f"{row['train_elbo']:>12.2f}{row['validation_elbo']:>12.2f}{row['validation_std_error']:>7.2f}"
         f"{row['validation_rate']:>8.2f}{row['validation_distortion']:>12.2f}{row['validation_bits_per_dim']:>10.3f}"
-        f"{int(row['active_units']):>8}{rate:>6.0f}{f'{minutes}:{seconds:02d}':>7}"
+        f"{int(row['active_units']):>8}{speed:>7.{0 if speed >= 10 else 1}f}{clock(left):>7}"
     )
 
 
+def clock(seconds: float) -> str:
+    """Seconds as minutes and seconds, with hours where there are any.
+
+    Example:
+        >>> clock(61), clock(3661)
+        ('1:01', '1:01:01')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
 class TrainingDisplay:
-    """Shows epochs as they end.
+    """Shows epochs as they end, and how far the one under way is.
 
     Args:
         epochs: how many there will be at most.
@@ -44,59 +62,82 @@ class TrainingDisplay:
         self.batches = batches
         self.enabled = enabled
         self._live: Any = None
-        self._start = time.monotonic()
-        self._last_line = -LINE_SECONDS
+        self._start = self._drawn_at = self._printed_at = self._epoch_began = time.monotonic()
         self._steps = 0
-        self._shown: int | None = None
-        self._latest: tuple[dict[str, float], float, float] | None = None
+        self._shown: float | None = None  # the last epoch that has a line
+        self._latest: dict[str, float] | None = None
 
     def message(self, text: str) -> None:
         """A line of its own, as at the start: what is trained on what, and how."""
         if self.enabled:
             print(text, file=sys.stderr, flush=True)
 
-    def step(self) -> None:
-        """Notes that one more step is done."""
-        self._steps += 1
+    def step(self, epoch: int, batch: int) -> None:
+        """Notes that one more step is done.
 
-    @property
-    def steps_per_second(self) -> float:
-        """Steps per second so far."""
-        return self._steps / max(1e-9, time.monotonic() - self._start)
+        Args:
+            epoch: the one under way, from 1.
+            batch: how many of its batches are done.
+        """
+        self._steps += 1
+        now = time.monotonic()
+        if not self.enabled or now - self._drawn_at < DRAW_SECONDS:
+            return
+        self._drawn_at = now
+        if sys.stderr.isatty():
+            self._draw(epoch, batch)
+        elif now - max(self._printed_at, self._epoch_began) >= LINE_SECONDS:
+            self._printed_at = now
+            self.message(self._place(epoch, batch))
 
     def epoch(self, row: dict[str, float]) -> None:
         """Shows the metrics of an epoch that has ended."""
+        self._latest, self._epoch_began = row, time.monotonic()
         if not self.enabled:
             return
-        left = (self.epochs - row["epoch"]) * self.batches / max(1e-9, self.steps_per_second)
-        self._latest = (row, self.steps_per_second, left)
         if sys.stderr.isatty():
-            self._draw(metrics_line(row, self.epochs, self.steps_per_second, left))
-        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._draw(int(row["epoch"]), self.batches)
+        elif self._shown is None or time.monotonic() - self._printed_at >= LINE_SECONDS:
             self._print()
 
     def close(self) -> None:
         """Shows the last epoch, if it has not been shown, and leaves the terminal clean."""
         if self._live is not None:
             self._live.stop()
-        if self._latest is not None and self._shown != self._latest[0]["epoch"]:
+        if self._latest is not None and self._shown != self._latest["epoch"]:
             self._print()
+
+    def _speed(self) -> float:
+        return self._steps / max(1e-9, time.monotonic() - self._start)
+
+    def _left(self, epoch: int, batch: int) -> float:
+        steps = (self.epochs - epoch) * self.batches + self.batches - batch
+        return steps / max(1e-9, self._speed())
+
+    def _place(self, epoch: int, batch: int) -> str:
+        return (
+            f"epoch {epoch}/{self.epochs}, step {batch}/{self.batches}, {self._speed():.4g} it/s, "
+            f"{clock(self._left(epoch, batch))} left"
+        )
+
+    def _line(self, row: dict[str, float]) -> str:
+        return metrics_line(row, self.epochs, self._speed(), self._left(int(row["epoch"]), self.batches))
 
     def _print(self) -> None:
         if self._latest is None:
             return
-        row, rate, left = self._latest
         if self._shown is None:
             self.message(HEADER)
-        self.message(metrics_line(row, self.epochs, rate, left))
-        self._shown = int(row["epoch"])
-        self._last_line = time.monotonic()
+        self.message(self._line(self._latest))
+        self._shown = self._latest["epoch"]
+        self._printed_at = time.monotonic()
 
-    def _draw(self, line: str) -> None:
+    def _draw(self, epoch: int, batch: int) -> None:
         if self._live is None:
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(stderr=True), transient=True, refresh_per_second=4)
+            self._live = Live(console=Console(stderr=True), transient=True, auto_refresh=False)
             self._live.start()
-        self._live.update(f"{HEADER}\n{line}")
+        lines = [] if self._latest is None else [HEADER, self._line(self._latest)]
+        self._live.update("\n".join([*lines, self._place(epoch, batch)]), refresh=True)

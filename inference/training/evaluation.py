@@ -6,6 +6,8 @@ Sums run over data, not over batches, so the figure does not depend on the batch
 The bound here is always the plain one: no warm-up weight and no free bits.
 
 An active unit is a latent dimension u with Var_x(E_q[u | x]) > 0.01 (Burda et al. 2016, arXiv:1509.00519, section 4.3).
+
+The one constraint: with several processes, each makes the same calls of ``reduce``, whatever its share of the data.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -22,6 +23,9 @@ from torch.utils.data import Dataset
 
 from inference.bounds.particles import forked_rng
 from inference.training.batches import iterate
+from inference.training.divergence import TrainingDiverged, first_bad_term
+from inference.training.items import first_entry
+from inference.training.noise import noise_seed, seed_noise
 from inference.training.objectives import ElboLoss
 from inference.training.scaling import binarize
 
@@ -31,7 +35,11 @@ Reduce = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over data, in nats: ``elbo`` = -(``rate`` + ``distortion``); ``std_error`` is that of ``elbo`` over data."""
+    """Means over data, in nats: ``elbo`` = -(``rate`` + ``distortion``).
+
+    ``std_error`` is that of ``elbo`` over data, infinite for a single datum. ``active_units`` counts latent dimensions of
+    the sites whose law has a mean.
+    """
 
     elbo: float
     rate: float
@@ -53,6 +61,8 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     reduce: Reduce = lambda sums: sums,
+    each_batch: Callable[[], None] = lambda: None,
+    rows: Tensor | None = None,
 ) -> Evaluation:
     """The bound of ``loss.pair`` over ``data``, without gradients; the caller's random state is restored.
 
@@ -66,52 +76,52 @@ def evaluate(
         rank: this process; it takes its share of each batch.
         world: number of processes.
         reduce: sums a tensor over processes.
+        each_batch: called after each batch; may raise to give up.
+        rows: each datum's name in messages, LongTensor ``[N]``; None: its index.
+
+    Raises:
+        TrainingDiverged: a term that is NaN or infinite; the message names site and datum.
 
     Example:
         >>> from ppl_models import LinearGaussian
         >>> pair = LinearGaussian.random(data_dim=3, latent_dim=2)
         >>> x = pair.model(size=10).detach()
         >>> e = evaluate(ElboLoss(pair, closed_form=False), x, batch_size=4)
-        >>> abs(e.elbo - float(pair.log_evidence(x).mean())) < 1e-4, e.num_data
+        >>> abs(e.elbo - pair.log_evidence(x).mean().item()) < 1e-4, e.num_data
         (True, 10)
     """
     pair = loss.pair
-    training = pair.training
+    modes = [(module, module.training) for module in pair.modules()]
     pair.eval()
-    scalars = torch.zeros(5, dtype=torch.float64)  # count, sum of elbo, of elbo^2, of rate, of distortion
-    units: dict[str, Tensor] = {}  # per latent site: [2, d], sums of E_q[u | x] and of its square
+    sums, units = _Sums(), _Units(pair.latent_sites)
     try:
         with torch.no_grad(), forked_rng():
             batches = iterate(data, batch_size, epoch=0, seed=0, shuffle=False, device=device, rank=rank, world=world)
             for b, (indices, x) in enumerate(batches):
-                if not len(indices):
-                    continue
-                torch.manual_seed(noise_seed(seed, b, rank))
-                x = binarize(x) if dynamic else x
-                terms = {name: term.double() for name, term in loss.terms(x).items()}
-                elbo = torch.stack(list(terms.values())).sum(0)
-                rate = -sum((terms[s] for s in pair.latent_sites if s in terms), torch.zeros_like(elbo))
-                parts = [torch.ones_like(elbo), elbo, elbo.square(), rate, -elbo - rate]
-                scalars += torch.stack([p.sum() for p in parts]).cpu()
-                for site, mean in guide_means(loss, x).items():
-                    sums = torch.stack([mean.sum(0), mean.square().sum(0)]).cpu()
-                    units[site] = units[site] + sums if site in units else sums
+                if len(indices):
+                    seed_noise(noise_seed(seed, b, rank), x.device)
+                    x = binarize(x) if dynamic else x
+                    terms = loss.terms(x)
+                    _refuse_not_finite(terms, indices.cpu() if rows is None else rows[indices.cpu()])
+                    sums.add({name: term.detach().cpu().double() for name, term in terms.items()}, pair.latent_sites)
+                    units.add(guide_means(loss, x))
+                each_batch()
+            if sums.count == 0:  # this process had no share at all, but must know the shapes that it adds nothing to
+                x = first_entry(data[0])[None].to(device)
+                units.add({site: torch.zeros_like(mean[:0]) for site, mean in guide_means(loss, x).items()})
     finally:
-        pair.train(training)
-    count, total, squares, rates, distortions = reduce(scalars).tolist()
-    elbo_mean = total / count
-    variance = max(0.0, squares / count - elbo_mean**2)
-    active = 0
-    for sums in units.values():
-        mean, square = reduce(sums) / count
-        active += int((square - mean.square() > ACTIVE_VARIANCE).sum())
+        for module, mode in modes:
+            module.training = mode
+    count, elbo, rate, distortion = reduce(sums.totals()).tolist()
+    mean = elbo / count
+    squares = float(reduce(sums.squares_about(mean)))
     return Evaluation(
-        elbo_mean,
-        rates / count,
-        distortions / count,
-        math.sqrt(variance / count),
-        bits_per_dim(elbo_mean, pair.data_shape),
-        active,
+        mean,
+        rate / count,
+        distortion / count,
+        math.sqrt(squares / (count * (count - 1))) if count > 1 else math.inf,
+        bits_per_dim(mean, pair.data_shape),
+        units.active(reduce, count),
         round(count),
     )
 
@@ -133,12 +143,69 @@ def guide_means(loss: ElboLoss, x: Tensor) -> dict[str, Tensor]:
     for site in loss.pair.latent_sites:
         law = trace.nodes[site]["fn"]
         try:
-            means[site] = law.mean.double().reshape(x.shape[0], -1)
+            mean = law.mean
         except NotImplementedError:
             continue
+        data_dim = mean.dim() - len(law.event_shape) - 1  # the data plate is the last batch dim
+        means[site] = mean.movedim(data_dim, 0).reshape(len(x), -1).cpu().double()
     return means
 
 
-def noise_seed(seed: int, *place: int) -> int:
-    """A 63-bit seed for one place of a run (epoch, batch, process, ...): independent streams, the same after a resume."""
-    return int(np.random.SeedSequence([seed, *place]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+class _Sums:
+    """Sums over this process's data, and of squares about their own mean (Chan, Golub and LeVeque 1983)."""
+
+    def __init__(self) -> None:
+        self.count, self.elbo, self.rate, self.distortion, self.squares = 0, 0.0, 0.0, 0.0, 0.0
+
+    def add(self, terms: dict[str, Tensor], latents: tuple[str, ...]) -> None:
+        """Takes a batch's terms in, each ``[b]`` in float64."""
+        elbo = torch.stack(list(terms.values())).sum(0)
+        rate = -sum((terms[site] for site in latents), torch.zeros_like(elbo))
+        mean = float(elbo.mean())
+        if self.count:
+            self.squares += (mean - self.elbo / self.count) ** 2 * self.count * len(elbo) / (self.count + len(elbo))
+        self.squares += float((elbo - mean).square().sum())
+        self.count += len(elbo)
+        self.elbo += float(elbo.sum())
+        self.rate += float(rate.sum())
+        self.distortion += float((-elbo - rate).sum())
+
+    def totals(self) -> Tensor:
+        return torch.tensor([self.count, self.elbo, self.rate, self.distortion], dtype=torch.float64)
+
+    def squares_about(self, mean: float) -> Tensor:
+        """Sum of squares of this process's data about the mean of all."""
+        shift = self.count * (self.elbo / self.count - mean) ** 2 if self.count else 0.0
+        return torch.tensor(self.squares + shift, dtype=torch.float64)
+
+
+class _Units:
+    """Sums of E_q[u | x] and of its square over data, for each latent dimension u."""
+
+    def __init__(self, sites: tuple[str, ...]) -> None:
+        self.sites = sites
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, means: dict[str, Tensor]) -> None:
+        for site, mean in means.items():
+            sums = torch.stack([mean.sum(0), mean.square().sum(0)])
+            self.sums[site] = self.sums[site] + sums if site in self.sums else sums
+
+    def active(self, reduce: Reduce, count: float) -> int:
+        """The number of dimensions whose mean varies over data."""
+        active = 0
+        for site in self.sites:
+            if site in self.sums:
+                mean, square = reduce(self.sums[site]) / count
+                active += int((square - mean.square() > ACTIVE_VARIANCE).sum())
+        return active
+
+
+def _refuse_not_finite(terms: dict[str, Tensor], rows: Tensor) -> None:
+    found = first_bad_term(terms)
+    if found:
+        site, position, value = found
+        raise TrainingDiverged(
+            f"expected a finite bound, got {value} at site {site!r} for datum {int(rows[position])} of the validation "
+            "data: lower the learning rate, or look at that datum"
+        )

@@ -5,6 +5,8 @@
 One guide trace and one replayed model trace a call, no ``.item()``, no validation of its own. Sites whose closed-form KL
 is the term itself (decided once, by the same tests as :func:`inference.decompose_elbo`) contribute -KL; the others
 log p - log q at the draw. Gradients are pathwise, so every latent must be reparameterised.
+
+The one constraint: every site is inside the data plate at dim -1, so that each term has a value for each datum.
 """
 
 from __future__ import annotations
@@ -15,16 +17,22 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from inference.bounds.closed_forms import site_divergence
-from inference.bounds.decomposition import closed_form_sites
-from inference.bounds.particles import Site, forked_rng
+from inference.bounds.particles import forked_rng, make_plan
+from inference.bounds.sites import PairError, Site, is_deterministic
+from inference.bounds.validity import ClosedForms, find_closed_forms
 from ppl_models.pair import ModelGuidePair
 
 
 class NotReparameterizedError(ValueError):
     """A latent site whose draws carry no gradient; the message names it."""
+
+
+class PrecisionError(ValueError):
+    """A log-density that comes out in half precision; the message names the site."""
 
 
 class ElboLoss(nn.Module):
@@ -37,9 +45,13 @@ class ElboLoss(nn.Module):
         num_particles: K >= 1 draws per datum, averaged.
         closed_form: use -KL(q || p) at the sites where it equals the term; False draws every term.
 
+    The first call decides which closed forms are used and checks the pair, on draws of its own.
+
     Raises:
         ValueError: ``num_particles`` below one.
         NotReparameterizedError: at the first call, for a latent whose guide law has no ``rsample``.
+        PairError: at the first call, for sites that do not match, or one outside the data plate.
+        PrecisionError: at the first call, for a log-density in half precision.
 
     Example:
         >>> from ppl_models import LinearGaussian
@@ -67,11 +79,11 @@ class ElboLoss(nn.Module):
     def terms(self, x: Tensor) -> dict[str, Tensor]:
         """Each site's term E_q[log p - log q], ``[B]`` nats, differentiable; their sum is the ELBO.
 
-        Latent sites come first in the model's order; their terms are minus rates.
+        The model's sites come in its order, a latent's term being minus its rate; then sites that only the guide has
+        (auxiliary ones), with -log q.
         """
         if self.closed_sites is None:
-            with forked_rng():  # a resumed run prepares at another step, and must draw the same noise all the same
-                self.closed_sites = self._prepare(x)
+            self._prepare(x)
         if self.num_particles == 1:
             return self._terms(x)
         with pyro.plate("_particles", self.num_particles, dim=-1 - self.nesting):
@@ -91,6 +103,9 @@ class ElboLoss(nn.Module):
             else:
                 term = _log_prob(site) - _log_prob(guide.nodes[name])
             terms[name] = self._per_datum(term)
+        for name, site in guide.nodes.items():
+            if _is_random(site) and name not in model.nodes:
+                terms[name] = self._per_datum(-_log_prob(site))
         return terms
 
     def _per_datum(self, term: Tensor) -> Tensor:
@@ -101,20 +116,42 @@ class ElboLoss(nn.Module):
             term = term.expand(self.num_particles, *[1] * (self.nesting - term.dim()), *term.shape)
         return term.sum(list(range(1, term.dim() - 1))) if term.dim() > 2 else term
 
-    def _prepare(self, x: Tensor) -> frozenset[str]:
-        """Checks that gradients can flow and decides which sites have a valid closed form."""
-        guide = poutine.trace(self.pair.guide).get_trace(x)
-        stacks = [site["cond_indep_stack"] for site in guide.nodes.values() if site["type"] == "sample"]
-        self.nesting = max([1, *(-frame.dim for stack in stacks for frame in stack if frame.vectorized)])
-        for name, site in guide.nodes.items():
-            if _is_random(site) and not site["fn"].has_rsample:
+    def _prepare(self, x: Tensor) -> None:
+        """Checks the pair and decides which sites have a valid closed form.
+
+        The caller's random state and the networks' running statistics are left as they were: a resumed run prepares at
+        another step than the first did, and must go on the same all the same.
+        """
+        modes = [(module, module.training) for module in self.pair.modules()]
+        self.pair.eval()
+        try:
+            with torch.no_grad(), forked_rng():
+                plan = make_plan(self.pair.model, self.pair.guide, (x,), {}, vectorize=False)
+                found = find_closed_forms(plan) if self.closed_form else ClosedForms()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        # What holds in this draw must hold in all: a pair whose structure depends on a draw has every term drawn.
+        closed = {} if found.structure_may_change else found.exact
+        model, guide = (
+            {name: site for name, site in sites.items() if not is_deterministic(site)}
+            for sites in (plan.prototype.model, plan.prototype.guide)
+        )
+        for name, site in [*model.items(), *guide.items()]:
+            _check_plate(name, site, len(x))
+            if site["log_prob"].dtype in (torch.bfloat16, torch.float16) and name not in closed:
+                raise PrecisionError(
+                    f"expected log-densities in float32 at least, got {site['log_prob'].dtype} at site {name!r}: convert "
+                    "the law's parameters in the program, as in loc.float(), or train in precision 32-true"
+                )
+        for name, site in guide.items():
+            if not site["is_observed"] and not site["fn"].has_rsample:
                 raise NotReparameterizedError(
                     f"expected reparameterised latents, got {type(site['fn']).__name__} at site {name!r}, whose draws carry "
                     "no gradient: use a score-function or enumerating estimator such as pyro.infer.TraceGraph_ELBO"
                 )
-        if not self.closed_form:
-            return frozenset()
-        return frozenset(closed_form_sites(self.pair.model, self.pair.guide, x)) & frozenset(guide.nodes)
+        self.nesting = plan.nesting
+        self.closed_sites = frozenset(closed) & frozenset(guide)
 
 
 def sum_terms(terms: dict[str, Tensor]) -> Tensor:
@@ -159,13 +196,39 @@ def training_objective(
         return objective
     rates = -torch.stack([terms[name].sum() for name in latents if name in terms]) / size
     if free_bits > 0:
-        pressed = all_sum(rates.detach()) > free_bits
+        pressed = all_sum(rates.detach().float()) > free_bits
         rates = torch.where(pressed, rates, torch.full_like(rates, free_bits * share))
     return objective + rate_weight * rates.sum()
 
 
+def rate_weight(step: int, warmup: float) -> float:
+    """Weight of the rate in the objective (KL warm-up) after ``step`` steps: from 0 to 1 over ``warmup`` steps, then 1.
+
+    Example:
+        >>> rate_weight(0, 4), rate_weight(3, 4), rate_weight(9, 4), rate_weight(0, 0)
+        (0.0, 0.75, 1.0, 1.0)
+    """
+    return 1.0 if step >= warmup else step / warmup
+
+
+def join_idle(num_latents: int, all_sum: Callable[[Tensor], Tensor]) -> None:
+    """What a process whose share of the batch is empty does in place of :func:`training_objective` with free bits.
+
+    The others wait for its part of the mean rates.
+    """
+    all_sum(torch.zeros(num_latents, dtype=torch.float32))
+
+
+def _check_plate(name: str, site: Site, size: int) -> None:
+    if not any(frame.vectorized and frame.dim == -1 and frame.size == size for frame in site["cond_indep_stack"]):
+        raise PairError(
+            f"expected every site inside the data plate, of size {size} at dim -1, got site {name!r} outside it: put it "
+            "inside, or train with pyro.infer.SVI"
+        )
+
+
 def _is_random(site: Site) -> bool:
-    return site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
+    return site["type"] == "sample" and not site_is_subsample(site) and not is_deterministic(site)
 
 
 def _log_prob(site: Site) -> Tensor:

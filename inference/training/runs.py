@@ -13,11 +13,7 @@ Weights are safetensors and JSON; nothing is unpickled, and a description can on
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +24,10 @@ from torch import Tensor
 from inference.bounds.particles import forked_rng
 from inference.training.checkpoints import CheckpointError, latest_checkpoint
 from inference.training.datasets import DataSet, load_data
-from inference.training.storage import ContentError, read_bytes, read_json, read_yaml, sha256, write_atomic, write_json
+from inference.training.divergence import first_bad_parameter
+from inference.training.metrics import read_metrics
+from inference.training.storage import StorageError, make_folder, read_bytes, sha256, write_atomic
+from inference.training.texts import ContentError, read_json, read_yaml, write_json
 from ppl_models.pair import ModelGuidePair
 from ppl_models.registry import UnknownPartError, build, describe
 
@@ -45,7 +44,8 @@ class Run:
 
     ``metrics`` is one dict an epoch: ``epoch``, ``step``, ``learning_rate``, ``rate_weight``, ``train_*`` and
     ``validation_*`` with ``elbo``, ``rate``, ``distortion`` (nats per datum) and ``bits_per_dim``, and ``active_units``.
-    ``config`` has the keys ``pair``, ``data``, ``train`` and ``validation``.
+    ``learning_rate`` and ``rate_weight`` are those of the epoch's last step. ``config`` has the keys ``pair``, ``dtype``,
+    ``data``, ``train`` and ``validation``.
     """
 
     pair: ModelGuidePair
@@ -91,17 +91,13 @@ def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:
             raise RunError(
                 f"{folder} holds a pair with networks of its own: pass it, as in load_run({str(folder)!r}, pair=...)"
             )
-        try:
-            with forked_rng():
-                pair = build(description)
-        except (UnknownPartError, TypeError, KeyError) as error:
-            raise RunError(f"{folder}/config.yaml does not describe a pair of this library: {error}") from None
+        pair = _rebuild(description, folder)
     tensors = _read_weights(folder)
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     pair = pair.to(dtype) if dtype is not None else pair
     try:
         pair.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}/model: the weights do not fit the pair: {str(error).splitlines()[-1].strip()}"
         ) from None
@@ -114,11 +110,11 @@ def save_model(folder: Path, pair: ModelGuidePair, info: dict[str, Any]) -> None
     from safetensors.torch import save
 
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in pair.state_dict().items()}
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    bad = first_bad_parameter(pair)
     if bad:
-        raise CheckpointError(f"expected finite parameters, got a NaN or infinity in {bad[0]}: the model is not saved")
+        raise CheckpointError(f"expected finite parameters, got a NaN or infinity in {bad}: the model is not saved")
     data = save(tensors)
-    (folder / "model").mkdir(exist_ok=True)
+    make_folder(folder / "model")
     write_atomic(folder / "model" / "model.safetensors", data)
     write_json(folder / "model" / "config.json", {"pair": description_of(pair), "sha256": sha256(data), **info})
 
@@ -145,40 +141,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics file; a last line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
-    rows = csv.DictReader(io.StringIO(complete))
-    return [{key: float(value) for key, value in row.items()} for row in rows]
-
-
-def write_metrics(path: Path, rows: Sequence[dict[str, float]]) -> None:
-    """Writes all rows, atomically; floats so that they read back bit for bit."""
-    write_atomic(path, _csv(rows, header=True).encode())
-
-
-def append_metrics(path: Path, row: dict[str, float]) -> None:
-    """Adds one row at the end of a metrics file."""
-    new = not path.is_file() or path.stat().st_size == 0
-    with path.open("a") as file:
-        file.write(_csv([row], header=new))
-        file.flush()
-
-
-def _csv(rows: Sequence[dict[str, float]], *, header: bool) -> str:
-    if not rows:
-        return ""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(
-        [{k: repr(v) if isinstance(v, float) and not math.isnan(v) else v for k, v in r.items()} for r in rows]
-    )
-    return buffer.getvalue()
+def _rebuild(description: Any, folder: Path) -> ModelGuidePair:
+    """The pair that a description names, with fresh weights and the caller's random state as it was."""
+    try:
+        with forked_rng():
+            pair = build(description)
+    # A description is foreign text: whatever a constructor says to it, it is the text that is wrong.
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise RunError(f"{folder}/config.yaml does not describe a pair of this library: {error}") from None
+    if not isinstance(pair, ModelGuidePair):
+        raise RunError(f"{folder}/config.yaml describes a {type(pair).__name__}: expected a pair of model and guide")
+    return pair
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -194,7 +167,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     data = read_bytes(path)
     try:
         recorded = read_json(folder / "model" / "config.json").get("sha256")
-    except (ContentError, OSError) as error:
+    except (ContentError, StorageError) as error:
         raise CheckpointError(f"{folder}/model/config.json cannot be read: {error}") from None
     if sha256(data) != recorded:
         raise CheckpointError(

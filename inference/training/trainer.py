@@ -7,40 +7,34 @@ Nothing that depends on the clock enters the state.
 
 from __future__ import annotations
 
-import signal
-import threading
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import pyro
 import torch
 from torch import Tensor
 
+from inference.bounds.sites import NotANumberError
 from inference.training.batches import iterate, num_batches
-from inference.training.checkpoints import (
-    checkpoint_name,
-    flatten_state,
-    latest_checkpoint,
-    prune_checkpoints,
-    restore_state,
-    save_checkpoint,
-)
+from inference.training.checkpoints import CheckpointError
 from inference.training.config import TrainConfig
 from inference.training.display import TrainingDisplay
-from inference.training.divergence import TrainingDiverged, diagnose
-from inference.training.evaluation import Evaluation, bits_per_dim, evaluate, noise_seed
-from inference.training.objectives import ElboLoss, training_objective
-from inference.training.optimizers import make_average, make_optimizer, make_schedule
-from inference.training.processes import all_sum, sum_gradients
-from inference.training.runs import append_metrics, read_metrics, write_metrics
+from inference.training.divergence import REMEDY, TrainingDiverged, diagnose, first_bad_parameter
+from inference.training.evaluation import Evaluation, bits_per_dim, evaluate
+from inference.training.inputs import Inputs
+from inference.training.interrupts import StopRequest
+from inference.training.noise import BINARIZATION, TRAINING, VALIDATION, noise_seed, seed_noise
+from inference.training.objectives import ElboLoss, join_idle, rate_weight, training_objective
+from inference.training.optimizers import Optimization, learning_rate_factor
+from inference.training.processes import all_sum, first_text
+from inference.training.records import Records
 from inference.training.scaling import binarize
+from inference.training.stopping import EarlyStopping
 from ppl_models.pair import ModelGuidePair
 
-VALIDATION_STREAM, TRAINING_STREAM, BINARIZATION_STREAM = 1, 2, 3
-TERMINATED = 143  # the exit status of a process ended by SIGTERM
+VALIDATION_COLUMNS = ("elbo", "std_error", "rate", "distortion", "bits_per_dim")
 
 
 class Trainer:
@@ -48,12 +42,9 @@ class Trainer:
 
     Args:
         pair: trained in place, on the device where it lies.
-        train: training data, tensor or Dataset.
-        validation: data for the validation bound.
+        inputs: training and validation data.
         config: how to train.
-        dynamic: the training data are grey values, binarised anew at each use.
-        validation_dynamic: so are the validation data.
-        folder: the RUN folder, or None to keep everything in memory.
+        records: where checkpoints and metrics go.
         display: what is shown.
         autocast: context manager factory for the chosen precision.
         rank: this process.
@@ -63,37 +54,36 @@ class Trainer:
     def __init__(
         self,
         pair: ModelGuidePair,
-        train: Any,
-        validation: Any,
+        inputs: Inputs,
         config: TrainConfig,
         *,
-        dynamic: bool = False,
-        validation_dynamic: bool = False,
-        folder: Path | None,
+        records: Records,
         display: TrainingDisplay,
         autocast: Callable[[], Any],
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.pair = pair
-        self.train_data, self.validation_data = train, validation
-        self.dynamic, self.validation_dynamic = dynamic, validation_dynamic
-        self.config, self.folder, self.display, self.autocast = config, folder, display, autocast
+        self.pair, self.inputs, self.config = pair, inputs, config
+        self.records, self.display, self.autocast = records, display, autocast
         self.rank, self.world = rank, world
-        self.device = next(pair.parameters()).device
         self.loss = ElboLoss(pair, num_particles=config.num_particles)
-        self.parameters = [p for p in pair.parameters() if p.requires_grad]
-        self.batches = num_batches(len(train), config.batch_size)
-        self.optimizer = make_optimizer(pair, config)
-        self.schedule = make_schedule(self.optimizer, config, config.epochs * self.batches)
-        self.average = make_average(pair, config)
+        self.num_data = len(inputs.rows)
+        self.batches = num_batches(self.num_data, config.batch_size)
+        self.total_steps = config.epochs * self.batches
+        self.optimization = Optimization(pair, config, self.total_steps)
+        self.device = self.optimization.parameters[0].device
         self.epoch = self.batch = 0  # epochs done, and batches done of the one under way
         self.sums = torch.zeros(3, dtype=torch.float64)  # data, rate and distortion of the epoch under way
         self.rows: list[dict[str, float]] = []
-        self.best: dict[str, Any] | None = None  # validation ELBO, epoch and weights
+        self.stopping = EarlyStopping(config.patience)
         self.finished = False
-        self.stopped_by: int | None = None  # the signal that asked for an end
+        self.stop = StopRequest()
         self._saved_at = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.epoch * self.batches + self.batch
 
     def run(self) -> None:
         """Trains to the end, or until stopped by validation, SIGTERM or Ctrl-C; saves in each of these cases.
@@ -101,27 +91,30 @@ class Trainer:
         Raises:
             SystemExit: with status 143 after SIGTERM.
             KeyboardInterrupt: after Ctrl-C.
+            TrainingDiverged: see :func:`inference.fit`.
         """
-        if self.epoch == self.batch == 0:
+        if self.step == 0:
             self.save()
-        with pyro.validation_enabled(False), self._saving_on_signals():
+        # Without a folder there is nothing to save: the signals then end the program as ever.
+        with pyro.validation_enabled(False), self.stop.listening(self.records.folder is not None):
             while not self.finished and self.epoch < self.config.epochs:
                 self._epoch()
-        self.finished = True
-        self.save()
-        if self.best is not None:
-            self.model.load_state_dict(self.best["weights"])
+            self.finished = True
+            self.save()
+        if self.stop.asked:  # too late to leave early, but not to be heard
+            self.stop.leave()
+        self.stopping.restore(self.model)
 
     @property
     def model(self) -> ModelGuidePair:
         """The pair whose bound is reported and which is saved: the averaged one with ``ema``, else the trained one."""
-        return self.pair if self.average is None else self.average.module  # type: ignore[return-value]
+        return self.optimization.model
 
     def _epoch(self) -> None:
         started, first = time.monotonic(), self.batch
         self.pair.train()
         for indices, x in iterate(
-            self.train_data,
+            self.inputs.train,
             self.config.batch_size,
             epoch=self.epoch,
             seed=self.config.seed,
@@ -130,137 +123,157 @@ class Trainer:
             rank=self.rank,
             world=self.world,
         ):
-            self._step(indices, x)
+            stopped = self._step(indices, x)
             self.batch += 1
-            self.display.step()
-            self._leave_if_stopped()
+            self.display.step(self.epoch + 1, self.batch)
+            if stopped:
+                self._leave()
             if self._save_is_due() and self.batch < self.batches:
                 self.save()
-        steps = self.batches - first
-        self._end_epoch(time.monotonic() - started, steps)
+        self._end_epoch({"seconds": time.monotonic() - started, "steps": float(self.batches - first)})
 
-    def _step(self, indices: Tensor, x: Tensor) -> None:
-        step = self.epoch * self.batches + self.batch + 1
-        size = min(self.config.batch_size, len(self.train_data) - self.batch * self.config.batch_size)
-        seed = noise_seed(self.config.seed, TRAINING_STREAM, self.epoch, self.batch, self.rank)
-        if self.dynamic and len(indices):
-            torch.manual_seed(noise_seed(self.config.seed, BINARIZATION_STREAM, self.epoch, self.batch, self.rank))
+    def _step(self, indices: Tensor, x: Tensor) -> bool:
+        """One step; whether any process has been asked to stop.
+
+        Raises:
+            TrainingDiverged: the loss or its gradient is not finite; the parameters are as before.
+        """
+        if self.inputs.dynamic and len(indices):
+            seed_noise(self._seed(BINARIZATION), self.device)
             x = binarize(x)
-        torch.manual_seed(seed)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = torch.zeros(2, dtype=torch.float64, device=self.device)
-        if len(indices):
+        seed_noise(self._seed(TRAINING), self.device)
+        self.optimization.clear()
+        rate, distortion = self._backward(indices, x)
+        norm = self.optimization.gradient_norm().item()
+        bad, stopped = not math.isfinite(rate + distortion + norm), self.stop.asked
+        if self.world > 1:
+            bad, stopped = map(bool, all_sum(torch.tensor([float(bad), float(stopped)])))
+        if bad:
+            self._diverged(indices, x)
+        self.optimization.step()
+        self.sums += torch.tensor([float(len(indices)), rate, distortion], dtype=torch.float64)
+        return stopped
+
+    def _backward(self, indices: Tensor, x: Tensor) -> tuple[float, float]:
+        """Gradients of this process's share of the objective; its sums of rate and distortion, in nats."""
+        latents, free_bits = self.pair.latent_sites, self.config.free_bits
+        if not len(indices):
+            if free_bits > 0:
+                join_idle(len(latents), all_sum)
+            return 0.0, 0.0
+        size = min(self.config.batch_size, self.num_data - self.batch * self.config.batch_size)
+        try:
             with self.autocast():
                 terms = self.loss.terms(x)
-            objective = training_objective(
-                terms, self.pair.latent_sites, self.rate_weight, self.config.free_bits, size, all_sum
-            )
-            objective.backward()
-            rate = sum(
-                (-t.detach().sum() for s, t in terms.items() if s in self.pair.latent_sites), parts.new_zeros(())
-            )
-            parts = torch.stack([rate, -sum(t.detach().double().sum() for t in terms.values()) - rate])
-        elif self.config.free_bits > 0:
-            all_sum(torch.zeros(len(self.pair.latent_sites), device=self.device))  # the others ask for their mean rates
-        sum_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip or float("inf"))
-        if not bool(torch.isfinite(all_sum(norm + parts.sum()))):
-            if len(indices):
-                raise diagnose(self.loss, x, indices, step, seed)
-            raise TrainingDiverged(f"expected a finite loss and gradient in step {step}: another process reports where")
-        self.optimizer.step()
-        self.schedule.step()
-        if self.average is not None:
-            self.average.update_parameters(self.pair)
-        self.sums += torch.tensor([float(len(indices)), *parts.tolist()], dtype=torch.float64)
+        except NotANumberError:  # at the run's first step, before any closed form is chosen
+            self.loss.closed_sites = frozenset()
+            self._diverged(indices, x)
+        except torch.linalg.LinAlgError as error:
+            raise TrainingDiverged(f"the programs failed in step {self.step + 1} ({error}): {REMEDY}") from error
+        training_objective(terms, latents, rate_weight(self.step, self.warmup), free_bits, size, all_sum).backward()
+        sums = dict(zip(terms, torch.stack([term.detach().sum() for term in terms.values()]).tolist(), strict=True))
+        rate = -sum(sums[site] for site in latents)
+        return rate, -sum(sums.values()) - rate
+
+    def _diverged(self, indices: Tensor, x: Tensor) -> NoReturn:
+        """Finds what is not finite and says so, in all processes alike."""
+        found, step = None, self.step + 1
+        if len(indices):
+            with self.autocast():
+                rows = self.inputs.rows[indices.cpu()]
+                found = diagnose(self.loss, x, rows, step, self._seed(TRAINING))
+        found = first_text(found)
+        raise TrainingDiverged(found or f"expected a finite gradient, got an infinite norm in step {step}: {REMEDY}")
+
+    def _seed(self, stream: int) -> int:
+        return noise_seed(self.config.seed, stream, self.epoch, self.batch, self.rank)
 
     @property
-    def rate_weight(self) -> float:
-        """Weight of the rate in the objective at this step: from 0 to 1 during KL warm-up, then 1."""
-        warmup = self.config.kl_warmup_epochs * self.batches
-        return 1.0 if warmup == 0 else min(1.0, (self.epoch * self.batches + self.batch) / warmup)
+    def warmup(self) -> float:
+        """Steps of KL warm-up."""
+        return self.config.kl_warmup_epochs * self.batches
 
-    def _end_epoch(self, seconds: float, steps: int) -> None:
-        count, rate, distortion = all_sum(self.sums.to(self.device)).tolist()
+    def _end_epoch(self, timing: dict[str, float]) -> None:
+        count, rate, distortion = all_sum(self.sums).tolist()
         rate, distortion = rate / count, distortion / count
-        weight, learning_rate = self.rate_weight, self.schedule.get_last_lr()[0]
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, torch.zeros_like(self.sums)
         valid = self.evaluate()
+        last = self.step - 1
         row = {
-            "epoch": float(self.epoch),
-            "step": float(self.epoch * self.batches),
-            "learning_rate": learning_rate,
-            "rate_weight": weight,
+            "epoch": float(self.epoch + 1),
+            "step": float(self.step),
+            "learning_rate": self.config.learning_rate * learning_rate_factor(last, self.config, self.total_steps),
+            "rate_weight": rate_weight(last, self.warmup),
             "train_elbo": -(rate + distortion),
             "train_rate": rate,
             "train_distortion": distortion,
             "train_bits_per_dim": bits_per_dim(-(rate + distortion), self.pair.data_shape),
-            "validation_elbo": valid.elbo,
-            "validation_std_error": valid.std_error,
-            "validation_rate": valid.rate,
-            "validation_distortion": valid.distortion,
-            "validation_bits_per_dim": valid.bits_per_dim,
+            **{f"validation_{name}": value for name, value in vars(valid).items() if name in VALIDATION_COLUMNS},
             "active_units": float(valid.active_units),
         }
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, torch.zeros_like(self.sums)
         self.rows.append(row)
-        self._keep_best(valid.elbo)
+        self.finished = self.stopping.stops_after(self.epoch, valid.elbo, self.model)
         self.display.epoch(row)
-        if self.folder is not None and self.rank == 0:
-            append_metrics(self.folder / "metrics.csv", row)
-            append_metrics(self.folder / "timing.csv", {"epoch": self.epoch, "seconds": seconds, "steps": float(steps)})
+        self.records.add(row, timing)
         if self._save_is_due():
             self.save()
 
     def evaluate(self) -> Evaluation:
-        """The plain bound on the validation data, on the same draws each epoch."""
+        """The plain bound on the validation data, on the same draws each epoch.
+
+        Raises:
+            TrainingDiverged: it is not finite.
+        """
         loss = ElboLoss(self.model)
         loss.closed_sites, loss.nesting = self.loss.closed_sites, self.loss.nesting
-        with self.autocast():
-            return evaluate(
-                loss,
-                self.validation_data,
-                self.config.batch_size,
-                seed=noise_seed(self.config.seed, VALIDATION_STREAM),
-                dynamic=self.validation_dynamic,
-                device=self.device,
-                rank=self.rank,
-                world=self.world,
-                reduce=all_sum,
-            )
-
-    def _keep_best(self, elbo: float) -> None:
-        if self.config.patience is None:
-            return
-        if self.best is None or elbo > self.best["elbo"]:
-            weights = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
-            self.best = {"elbo": elbo, "epoch": self.epoch, "weights": weights}
-        self.finished = self.epoch - self.best["epoch"] >= self.config.patience
+        try:
+            with self.autocast():
+                return evaluate(
+                    loss,
+                    self.inputs.validation,
+                    self.config.batch_size,
+                    seed=noise_seed(self.config.seed, VALIDATION),
+                    dynamic=self.inputs.validation_dynamic,
+                    device=self.device,
+                    rank=self.rank,
+                    world=self.world,
+                    reduce=all_sum,
+                    each_batch=self._leave_if_stopped,
+                    rows=self.inputs.validation_rows,
+                )
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"after step {self.step}, {error}") from None
 
     def _save_is_due(self) -> bool:
         return time.monotonic() - self._saved_at >= self.config.checkpoint_seconds
 
     def save(self) -> None:
-        """Writes a checkpoint (in the first process), keeping the one before."""
+        """Writes a checkpoint.
+
+        Raises:
+            TrainingDiverged: a parameter is NaN or infinite; nothing is written.
+            StorageError: the file system refused; the checkpoint before is intact.
+        """
         self._saved_at = time.monotonic()
-        if self.folder is None or self.rank != 0:
-            return
-        tensors, values = flatten_state(self.state())
-        name = checkpoint_name(self.epoch * self.batches + self.batch)
-        save_checkpoint(self.folder / "checkpoints", name, tensors, values)
-        prune_checkpoints(self.folder / "checkpoints")
+        bad = first_bad_parameter(self.pair)
+        if bad:
+            raise TrainingDiverged(
+                f"expected finite parameters, got a NaN or infinity in {bad} after step {self.step}: {REMEDY}"
+            )
+        self.records.save(self.step, self.state())
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on."""
+        closed = self.loss.closed_sites
         return {
-            "pair": dict(self.pair.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
-            "average": None if self.average is None else dict(self.average.state_dict()),
+            "optimization": self.optimization.state(),
+            "closed_sites": None if closed is None else sorted(closed),
+            "nesting": self.loss.nesting,
             "epoch": self.epoch,
             "batch": self.batch,
             "sums": self.sums,
             "rows": self.rows,
-            "best": self.best,
+            "stopping": self.stopping.state(),
             "finished": self.finished,
         }
 
@@ -268,55 +281,32 @@ class Trainer:
         """Goes back to the newest checkpoint of the folder; False where there is none yet.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is intact.
+            CheckpointError: there are checkpoints, but none is intact, or it is of another pair.
         """
-        if self.folder is None:
-            return False
-        found = latest_checkpoint(self.folder / "checkpoints") if (self.folder / "checkpoints").is_dir() else None
-        if found is None:
-            self._rewrite_metrics()
-            return False
-        state = restore_state(found[1], found[2])
-        self.pair.load_state_dict(state["pair"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None]})
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.epoch, self.batch, self.sums = state["epoch"], state["batch"], state["sums"]
-        self.rows, self.best, self.finished = state["rows"], state["best"], state["finished"]
-        self._rewrite_metrics()
-        return True
-
-    def _rewrite_metrics(self) -> None:
-        """Takes rows of epochs that will be done again out of the files."""
-        if self.rank == 0 and self.folder is not None:
-            write_metrics(self.folder / "metrics.csv", self.rows)
-            timing = self.folder / "timing.csv"
-            write_metrics(timing, [row for row in read_metrics(timing) if row["epoch"] <= self.epoch])
+        state = self.records.latest()
+        if state is not None:
+            try:
+                self.optimization.load(state["optimization"])
+            except ValueError as error:
+                raise CheckpointError(
+                    f"the checkpoint is of another pair: {error}; resume with the one trained"
+                ) from error
+            closed = state["closed_sites"]
+            self.loss.closed_sites, self.loss.nesting = None if closed is None else frozenset(closed), state["nesting"]
+            self.epoch, self.batch, self.sums = state["epoch"], state["batch"], state["sums"]
+            self.rows, self.finished = state["rows"], state["finished"]
+            self.stopping.load(state["stopping"])
+        self.records.rewrite(self.rows)
+        return state is not None
 
     def _leave_if_stopped(self) -> None:
-        if self.stopped_by is None:
-            return
+        asked = self.stop.asked
+        if self.world > 1:
+            asked = bool(all_sum(torch.tensor(float(asked))))
+        if asked:
+            self._leave()
+
+    def _leave(self) -> NoReturn:
         self.save()
-        if self.stopped_by == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(TERMINATED)
-
-    @contextmanager
-    def _saving_on_signals(self) -> Iterator[None]:
-        """Lets SIGTERM and Ctrl-C end the run after the step under way, which is saved; a second Ctrl-C ends it at once."""
-        if self.folder is None or self.rank != 0 or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: Any) -> None:
-            if number == signal.SIGINT and self.stopped_by == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stopped_by = number
-
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        all_sum(torch.zeros(1))  # no process ends before the first one has saved
+        self.stop.leave()

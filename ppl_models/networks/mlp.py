@@ -88,7 +88,7 @@ class GaussianEncoder(nn.Module):
         if self.num_classes is not None:
             x = nn.functional.one_hot(x, self.num_classes)
             n += 1
-        flat = x.reshape(*x.shape[: x.dim() - n], -1).to(self.body[0].weight.dtype)
+        flat = x.reshape(*x.shape[: x.dim() - n], -1).to(next(self.body.parameters()).dtype)
         loc, log_scale = self.body(flat).chunk(2, dim=-1)
         return loc, log_scale.exp()
 

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 
 from tests.bounds.elbo_case import Case
-from tests.oracles.linear_forms import entropy_of_normal, expected_log_normal, normal
+from tests.oracles.linear_forms import Form, entropy_of_normal, expected_log_normal, normal
 
 X = torch.tensor([0.5, -1.0, 2.0, 0.2], dtype=torch.float64)
 
@@ -108,8 +108,8 @@ def _nested(with_global: bool) -> Case:
             b_terms[i] += expected_log_normal(b, a, 1.0) + entropy_of_normal(0.3)
             x_terms[i] += expected_log_normal(x, b, 0.5)
     if not with_global:
-        terms = {"a": a_terms, "b": b_terms, "x": x_terms}
-        return Case("nested plates, the outer shared", model, guide, terms, frozenset("ab"), (data,))
+        by_group = {"a": a_terms, "b": b_terms, "x": x_terms}
+        return Case("nested plates, the outer shared", model, guide, by_group, frozenset("ab"), (data,))
     terms = {"g": expected_log_normal(g, 0.0, 1.0) + entropy_of_normal(0.6)}
     terms |= {"a": sum(a_terms), "b": sum(b_terms), "x": sum(x_terms)}
     return Case("nested plates under a global", model, guide, terms, frozenset("gab"), (data,))
@@ -157,7 +157,8 @@ def markov_chain() -> Case:
         for t in pyro.markov(range(1, len(x) + 1)):
             z = pyro.sample(f"z_{t}", dist.Normal(0.5 * z + 0.3 * x[t - 1], 0.7))
 
-    terms, z = {}, 0.0
+    terms: dict[str, float] = {}
+    z: Form | float = 0.0
     for t, x in enumerate(X.tolist(), 1):
         above, z = z, normal(0.5 * z + 0.3 * x, 0.7)
         terms[f"z_{t}"] = expected_log_normal(z, 0.8 * above, 1.0) + entropy_of_normal(0.7)
@@ -174,7 +175,8 @@ def backward_chain() -> Case:
         for t in range(steps, 0, -1):
             z = pyro.sample(f"z_{t}", dist.Normal(0.4 * z + 0.3 * x[t - 1], 0.7))
 
-    draws, below = {}, 0.0
+    draws: dict[int, Form] = {}
+    below: Form | float = 0.0
     for t in range(steps, 0, -1):
         draws[t] = below = normal(0.4 * below + 0.3 * float(X[t - 1]), 0.7)
     terms = {}

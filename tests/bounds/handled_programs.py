@@ -6,10 +6,13 @@ that the exact terms are affine forms (:mod:`tests.oracles.linear_forms`) as in 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 
 from tests.bounds.elbo_case import Case
 from tests.bounds.gaussian_programs import X, global_and_local, one_latent
@@ -173,6 +176,39 @@ def point_mass() -> Case:
     return Case("Delta guide", model, guide, terms, args=(torch.tensor(1.0),))
 
 
+def conditioned() -> Case:
+    """The data come by a handler instead of ``obs=``."""
+    case = one_latent()
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5))
+
+    def conditioned_model(x):
+        return poutine.condition(model, data={"x": x})(x)
+
+    return replace(case, name="poutine.condition", model=conditioned_model)
+
+
+def reparametrised() -> Case:
+    """A non-centred model: its latent is the standardised one, and z itself a deterministic function of it."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.5, 2.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        pyro.sample("z_decentered", dist.Normal(0.2, 0.3))
+
+    standard = normal(0.2, 0.3)
+    terms = {
+        "z_decentered": expected_log_normal(standard, 0.0, 1.0) + entropy_of_normal(0.3),
+        "x": expected_log_normal(1.0, 0.5 + 2.0 * standard, 0.5),
+    }
+    model = poutine.reparam(model, config={"z": LocScaleReparam(0.0)})
+    return Case("LocScaleReparam", model, guide, terms, frozenset({"z_decentered"}), (torch.tensor(1.0),))
+
+
 def full_covariance() -> Case:
     """A full Gaussian guide against a diagonal prior: z = m + L e."""
     loc, tril = torch.tensor([0.5, -0.3, 0.1]), torch.tensor([[0.8, 0.0, 0.0], [0.3, 0.6, 0.0], [-0.2, 0.1, 0.9]])
@@ -205,5 +241,7 @@ PROGRAMS = (
     factors,
     deterministic,
     point_mass,
+    conditioned,
+    reparametrised,
     full_covariance,
 )

@@ -15,9 +15,10 @@ from pyro import poutine
 from scipy import stats
 
 from inference.bounds import decompose_elbo
-from tests.bounds.awkward_programs import NORMAL, filled_in_place, kl_by_sum, rare_reduction, scripted
+from tests.bounds.awkward_programs import NORMAL, kl_by_sum, rare_reduction
 from tests.bounds.elbo_case import Case, discrepancies
 from tests.bounds.gaussian_programs import bottom_up_hvae, descent_through_delta
+from tests.bounds.hidden_programs import filled_in_place, scripted
 from tests.oracles.expectations import expectation
 from tests.oracles.linear_forms import entropy_of_normal, expected_log_normal, normal
 

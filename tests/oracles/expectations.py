@@ -27,10 +27,10 @@ def expectation(f: Callable[[float], float], law: Any, breaks: Sequence[float] =
     masses = [10.0**-k for k in range(30, 1, -4)] + [0.05, 0.3, 0.5]
     knots = {float(tail(mass)) for mass in masses for tail in (law.ppf, law.isf)}
     low, high = min(knots), max(knots)
-    knots = sorted(knots | {b for b in breaks if low < b < high})
+    ordered = sorted(knots | {b for b in breaks if low < b < high})
     return sum(
         scipy.integrate.quad(lambda u: float(law.pdf(u) * f(u)), a, b, epsabs=1e-13, epsrel=1e-11, limit=200)[0]
-        for a, b in itertools.pairwise(knots)
+        for a, b in itertools.pairwise(ordered)
     )
 
 

@@ -1,0 +1,245 @@
+"""What one looks at a RUN with: ``ppl terms``, ``sample``, ``posterior``, ``trace`` and ``report``.
+
+Each opens the RUN, calls the library and prints. Draws depend on ``--seed`` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inference.commands.writing import FORCE, check_new, check_suffix
+
+if TYPE_CHECKING:
+    from inference.bounds.terms import Decomposition
+
+MAX_TILES = 1024  # of a picture of samples
+SAMPLES_AT_ONCE = 1024
+SUMMARY_ROWS = 10
+TRACED_DATA = 4
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a trained run", show_default=False)]
+Spec = Annotated[
+    str | None,
+    typer.Option("--data", metavar="SPEC", help="other data than the run's own, under its scaling", show_default=False),
+]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="seed of the draws")]
+Force = Annotated[bool, FORCE]
+
+
+def terms(
+    run: RunFolder,
+    particles: Annotated[int, typer.Option(metavar="N", min=2, help="draws from the guide per datum")] = 1000,
+    num_data: Annotated[int, typer.Option(metavar="N", min=1, help="how many held-out data, the first ones")] = 1000,
+    data: Spec = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Print the bound term by term, on held-out data: closed form beside Monte Carlo, and which of them is used.
+
+    ELBO(x) = sum over sites of E_q[log p - log q], nats per datum. The figures are also written to RUN/terms.json.
+    """
+    from inference.bounds.decomposition import decompose_elbo
+    from inference.commands.choices import seeded
+    from inference.commands.opening import open_run
+
+    opened = open_run(run, data, num_data)
+    with seeded(seed):
+        d = decompose_elbo(opened.pair.model, opened.pair.guide, opened.x, num_particles=particles)
+    print(f"{opened.words}\n{d.table()}")
+    record = {"data": opened.words, "seed": seed, **terms_record(d)}
+    print(_keep_record(run / "terms.json", record, force=force))
+
+
+def sample(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="a picture (.png, .svg, .pdf) or arrays (.npz: x, mean)")],
+    num: Annotated[int, typer.Option("--num", "-n", metavar="N", min=1, help="how many samples")] = 64,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Draw from the model: z ~ p(z), x ~ p(x | z), and the means E[x | z] at the same z."""
+    import numpy as np
+
+    from inference.commands.choices import seeded
+    from inference.progress import Progress
+    from inference.training.runs import load_run
+    from inference.views.plot_data import Samples, samples
+
+    suffix = check_suffix(out, ".png", ".svg", ".pdf", ".npz")
+    check_new(out, force=force)
+    if suffix != ".npz" and num > MAX_TILES:
+        raise ValueError(f"expected at most {MAX_TILES} samples in a picture, got {num}: write them to a .npz file")
+    opened = load_run(run)
+    chunks = []
+    with seeded(seed), Progress("drawing samples", num, unit="samples") as progress:
+        for start in range(0, num, SAMPLES_AT_ONCE):
+            count = min(SAMPLES_AT_ONCE, num - start)
+            chunks.append(samples(opened.pair, count))
+            progress.advance(count)
+    means = [chunk.means for chunk in chunks if chunk.means is not None]
+    drawn = Samples(np.concatenate([chunk.draws for chunk in chunks]), np.concatenate(means) if means else None)
+    if suffix == ".npz":
+        _write_arrays(out, drawn, force=force)
+    else:
+        from inference.views.figures import draw_samples, save_figure
+        from inference.views.report import shown_range
+
+        save_figure(draw_samples(drawn, shown_range(opened.config["data"], drawn.draws)), out, overwrite=force)
+    print(f"wrote {num} samples to {out}")
+
+
+def posterior(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.nc", help="netCDF file", show_default="RUN/posterior.nc")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(metavar="N", min=1, help="independent draws of each group")] = 1000,
+    num_data: Annotated[int, typer.Option(metavar="N", min=1, help="how many held-out data, the first ones")] = 16,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="also draw z of the first data: intervals as a forest")
+    ] = None,
+    data: Spec = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Draw from the guide q(z | x) on held-out data into an ArviZ DataTree, with prior and predictive draws.
+
+    Prints the head of ArviZ's summary. Read the file with inference.load_posterior, or with xarray.open_datatree.
+    """
+    from inference.commands.choices import seeded
+    from inference.commands.opening import open_run
+    from inference.posterior import GROUPS, plot_posterior, save_posterior, summary, to_datatree
+
+    out = run / "posterior.nc" if out is None else out
+    check_suffix(out, ".nc")
+    opened = open_run(run, data, num_data)
+    for path in (out, figure):
+        if path is not None:
+            check_new(path, force=force)
+    dims = {"x": ["row", "column"]} if len(opened.pair.data_shape) == 2 else None
+    with seeded(seed):
+        tree = to_datatree(opened.pair, opened.x, num_samples=num_samples, dims=dims)
+    save_posterior(tree, out, overwrite=force)
+    sites = [site for site in opened.pair.latent_sites if site in tree["posterior"].data_vars]
+    first = summary(tree, var_names=sites, coords={"data": [0]})
+    print(f"{opened.words}; {num_samples} draws of each group\n{first.head(SUMMARY_ROWS).to_string()}")
+    if len(first) > SUMMARY_ROWS:
+        print(f"... and {len(first) - SUMMARY_ROWS} more of datum 0")
+    print(f"wrote {out}: {', '.join(group for group in GROUPS if group in tree.children)}")
+    if figure is not None:
+        from inference.views.figures import save_figure
+
+        shown = plot_posterior(tree, var_names=sites, coords={"data": [0, 1][: len(opened.x)]})
+        save_figure(shown, figure, overwrite=force)
+        print(f"wrote {figure}")
+
+
+def trace(
+    run: RunFolder,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="also draw the graph, with Graphviz")] = None,
+    data: Spec = None,
+    force: Force = False,
+) -> None:
+    """Show model and guide site by site: plates, laws, shapes, log-densities, closed forms; and their graph as Mermaid."""
+    from inference.commands.choices import seeded
+    from inference.commands.opening import open_run
+    from inference.training.storage import write_atomic
+    from inference.views.programs import graph_svg, mermaid, program_table
+
+    if svg is not None:
+        check_suffix(svg, ".svg")
+        check_new(svg, force=force)
+    opened = open_run(run, data, TRACED_DATA)
+    pair, x = opened.pair, opened.x
+    with seeded(0):
+        print(f"{opened.words}\n{program_table(pair.model, pair.guide, x)}\n\n{mermaid(pair.model, pair.guide, x)}")
+        if svg is not None:
+            write_atomic(svg, graph_svg(pair.model, pair.guide, x))
+            print(f"\nwrote {svg}")
+
+
+def report(
+    run: RunFolder,
+    particles: Annotated[int, typer.Option(metavar="N", min=2, help="draws from the guide per datum")] = 200,
+    num_data: Annotated[int, typer.Option(metavar="N", min=1, help="how many held-out data, the first ones")] = 1000,
+    data: Spec = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Write RUN/report.html, one page to open offline or to send, and its pictures to RUN/figures.
+
+    Configuration, learning curve split in rate and distortion, the bound term by term, samples, reconstructions,
+    traversals, the latent map, and the two programs.
+    """
+    from inference.commands.choices import seeded
+    from inference.commands.opening import open_run
+    from inference.views.report import write_report
+
+    opened = open_run(run, data, num_data)
+    with seeded(seed):
+        written = write_report(
+            opened.run, opened.x, opened.labels, words=opened.words, num_particles=particles, overwrite=force
+        )
+    print("\n".join(f"wrote {path}" for path in written))
+
+
+def terms_record(d: Decomposition) -> dict[str, Any]:
+    """A decomposition as plain data, averaged over data; None where there is no closed form.
+
+    Example:
+        >>> import torch
+        >>> from inference.bounds import decompose_elbo
+        >>> from ppl_models import LinearGaussian
+        >>> pair = LinearGaussian.random(data_dim=3, latent_dim=2)
+        >>> record = terms_record(decompose_elbo(pair.model, pair.guide, torch.zeros(4, 3), num_particles=10))
+        >>> list(record["terms"]), record["units"]
+        (['z', 'x', 'ELBO'], 'nats, mean over 4 data')
+    """
+    from inference.views.plot_data import bound_terms
+
+    shown = bound_terms(d)
+    columns = {
+        "closed_form": shown.best,
+        "closed_form_std_error": shown.best_error,
+        "monte_carlo": shown.monte_carlo,
+        "monte_carlo_std_error": shown.monte_carlo_error,
+    }
+    rows: dict[str, dict[str, Any]] = {
+        name: {key: float(values[i]) if math.isfinite(values[i]) else None for key, values in columns.items()}
+        for i, name in enumerate(shown.names)
+    }
+    total = rows["ELBO"]
+    rows["ELBO"] = {"best": total.pop("closed_form"), "best_std_error": total.pop("closed_form_std_error"), **total}
+    for name, term in d.terms.items():
+        rows[name] |= {"kind": term.kind, "z_score": term.z_score, "reason": term.reason}
+    return {"units": shown.per, "num_particles": d.num_particles, "note": d.note, "terms": rows}
+
+
+def _keep_record(path: Path, record: dict[str, Any], *, force: bool) -> str:
+    """Writes a record where there is none; other figures that are there stay unless ``force``. Says what was done."""
+    from inference.training.texts import read_json, write_json
+
+    if path.exists() and not force:
+        if read_json(path) == record:
+            return f"{path} holds these figures"
+        return f"{path} holds figures of another call and was left as it is; --force replaces it"
+    write_json(path, record)
+    return f"wrote {path}"
+
+
+def _write_arrays(path: Path, drawn: Any, *, force: bool) -> None:
+    import io
+
+    import numpy as np
+
+    from inference.training.storage import write_atomic
+
+    arrays = {"x": drawn.draws} | ({} if drawn.means is None else {"mean": drawn.means})
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    check_new(path, force=force)
+    write_atomic(path, buffer.getvalue())

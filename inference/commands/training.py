@@ -1,0 +1,140 @@
+"""``ppl train``: options in, a RUN folder out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic_core import PydanticUndefined
+
+from inference.commands.options import TrainOptions, gather_options
+from inference.training.config import TrainConfig
+
+RUN = "The run"
+PAIR = "The pair"
+TRAINING = "Training"
+KEYS = ", ".join(TrainConfig.model_fields)
+
+
+def _option(key: str, metavar: str, panel: str, *, default: str = "", text: str = "") -> Any:
+    """An option described by its field of :class:`TrainOptions`; left out, it is None and the field's default holds."""
+    field = TrainOptions.model_fields[key]
+    names = [
+        name for kind in get_args(field.annotation) for name in (get_args(kind) or (kind,)) if isinstance(name, str)
+    ]
+    shown = default or (None if field.default in (None, PydanticUndefined) else field.default)
+    parts = [text or field.description or "", f"({', '.join(names)})" if names else ""]
+    parts.append(f"[dim]\\[default: {shown}][/dim]" if shown is not None else "")
+    return typer.Option(help=" ".join(filter(None, parts)), metavar=metavar, show_default=False, rich_help_panel=panel)
+
+
+def train(
+    system: Annotated[str, typer.Argument(metavar="SYSTEM", help="which pair to train; `ppl models` lists them")],
+    out: Annotated[
+        Path, typer.Option(metavar="RUN", help="folder for the run; made if it is not there", rich_help_panel=RUN)
+    ],
+    data: Annotated[str | None, _option("data", "SPEC", RUN)] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run in RUN, under the same options", rich_help_panel=RUN)
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="options as YAML; the command line wins over it", rich_help_panel=RUN),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help=f"any option by its key: {KEYS}", rich_help_panel=RUN),
+    ] = None,
+    likelihood: Annotated[str | None, _option("likelihood", "NAME", PAIR, default="by the data")] = None,
+    scaling: Annotated[str | None, _option("scaling", "NAME", PAIR, default="the likelihood's")] = None,
+    binarization: Annotated[
+        str | None, _option("binarization", "NAME", PAIR, default="none; dynamic for mnist under bernoulli")
+    ] = None,
+    latent_dim: Annotated[int | None, _option("latent_dim", "D", PAIR, default="16 for images, 2 for points")] = None,
+    hidden: Annotated[str | None, _option("hidden", "W1,W2,...", PAIR, default="200,200")] = None,
+    activation: Annotated[str | None, _option("activation", "NAME", PAIR)] = None,
+    epochs: Annotated[int | None, _option("epochs", "N", TRAINING)] = None,
+    batch_size: Annotated[int | None, _option("batch_size", "N", TRAINING)] = None,
+    learning_rate: Annotated[
+        float | None, _option("learning_rate", "RATE", TRAINING, text="of Adam, or of --set optimizer=...")
+    ] = None,
+    seed: Annotated[
+        int | None, _option("seed", "N", TRAINING, text="of the initial weights, the batches and the draws")
+    ] = None,
+    device: Annotated[str | None, _option("device", "NAME", TRAINING, text="auto, cpu, cuda or mps")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="of the CPU; for small networks 1 is often fastest, and by far so where the cores are shared "
+            "[dim]\\[default: torch's choice][/dim]",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+) -> None:
+    """Train a pair on data by stochastic variational inference.
+
+    What you leave out is chosen from the data, and printed before the first step together with everything else: that
+    text is a valid FILE for --config. The same options give the same numbers, bit for bit, on the same machine.
+    """
+    given = {
+        "data": data,
+        "likelihood": likelihood,
+        "scaling": scaling,
+        "binarization": binarization,
+        "latent_dim": latent_dim,
+        "hidden": hidden,
+        "activation": activation,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "device": device,
+    }
+    options = gather_options(given, assignments or [], config)
+    with cpu_threads(threads):
+        run_training(system, options, out, resume=resume)
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Torch's number of CPU threads within the block; None leaves it alone."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool = False) -> None:
+    """Trains, with the resolved configuration printed before and the final bound after."""
+    from inference.commands.choices import build_pair, choose
+    from inference.training.loop import fit
+    from inference.views.report import kept_epoch
+    from ppl_models.registry import system as known_system
+
+    known_system(system)
+    chosen, dataset = choose(options)
+    pair = build_pair(system, chosen, dataset)
+    print(f"# configuration of ppl train {system} --out {out}\n{chosen.text()}\n", flush=True)
+    try:
+        run = fit(pair, dataset, out, config=chosen.train_config(), resume=resume, spec=chosen.data)
+    except (KeyboardInterrupt, SystemExit):
+        print(f"ppl: stopped; {out} keeps what was done: the same command with --resume goes on", file=sys.stderr)
+        raise
+    row = kept_epoch(run)
+    print(
+        f"\nELBO on {run.config['validation']}: {row['validation_elbo']:.2f} +- {row['validation_std_error']:.2f} nats "
+        f"({row['validation_bits_per_dim']:.3f} bits/dim) at epoch {row['epoch']:.0f} = "
+        f"-(rate {row['validation_rate']:.2f} + distortion {row['validation_distortion']:.2f}); "
+        f"{row['active_units']:.0f} active units\n"
+        f"the run is in {out}; look at it: ppl report {out}"
+    )

@@ -1,0 +1,39 @@
+"""Files that commands write: nothing that exists is replaced unless that is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+FORCE = typer.Option("--force", help="replace files that exist")
+
+
+def check_new(path: Path, *, force: bool) -> None:
+    """Refuses, before any work is done, a file that could not be written after it.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        FileExistsError: it exists and ``force`` is False.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"expected an existing folder for {path.name}, got {path.parent}: make it first")
+    if path.exists() and not force:
+        raise FileExistsError(
+            f"expected a new file, but {path} exists: choose another name, or replace it with --force"
+        )
+
+
+def check_suffix(path: Path, *suffixes: str) -> str:
+    """The file's suffix in lower case.
+
+    Raises:
+        ValueError: it is not one of those.
+
+    Example:
+        >>> check_suffix(Path("grid.PNG"), ".png", ".npz")
+        '.png'
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"expected a file name ending in {' or '.join(suffixes)}, got {path.name!r}: rename it")
+    return path.suffix.lower()
