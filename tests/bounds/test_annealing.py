@@ -50,7 +50,7 @@ def bias_z(log_weights: torch.Tensor, log_evidence: np.ndarray) -> np.ndarray:
     return (ratio.mean(0) - 1) / (ratio.std(0, ddof=1) / len(ratio) ** 0.5)
 
 
-def weights_z(start: str = "prior", num_chains: int = 4000, **options) -> np.ndarray:
+def weights_z(start: str = "prior", num_chains: int = 3000, **options) -> np.ndarray:
     pair, x, exact = pair_and_data()
     options = {**SHORT, "schedule": "linear", **options}
     ais = annealed_evidence(pair.model, pair.guide, x, num_chains=num_chains, start=start, **options)
@@ -58,15 +58,14 @@ def weights_z(start: str = "prior", num_chains: int = 4000, **options) -> np.nda
 
 
 class TestWeights:
-    @pytest.mark.parametrize("start", ["prior", "guide"])
-    @pytest.mark.parametrize("schedule", ["linear", "sigmoid"])
+    @pytest.mark.parametrize(("start", "schedule"), [("prior", "linear"), ("guide", "sigmoid")])
     def test_are_unbiased(self, start, schedule):
         assert np.abs(weights_z(start, schedule=schedule)).max() < quantile(4)
 
     @pytest.mark.parametrize("program", SUPPORTS, ids=lambda p: p.__name__)
     def test_are_unbiased_on_every_support(self, program):
         known = program()
-        ais = annealed_evidence(known.model, known.guide, known.x, num_chains=3000, start="prior", **SHORT)
+        ais = annealed_evidence(known.model, known.guide, known.x, num_chains=2000, start="prior", **SHORT)
         assert ais.log_lower.shape == known.log_evidence.shape
         assert np.abs(bias_z(ais.log_weights, known.log_evidence)).max() < quantile(known.log_evidence.size)
 
@@ -74,14 +73,18 @@ class TestWeights:
         """Transitions then leave the law tilted by 1/z invariant, whose mean of log z is lower by a variance."""
         monkeypatch.setattr(latent_density, "log_jacobian", lambda transform, u, z, event_dim: torch.zeros_like(u))
         known = positive()
-        ais = annealed_evidence(known.model, known.guide, known.x, num_chains=3000, start="prior", **SHORT)
+        ais = annealed_evidence(known.model, known.guide, known.x, num_chains=2000, start="prior", **SHORT)
         assert np.abs(bias_z(ais.log_weights, known.log_evidence)).max() > 1.5 * quantile(3)
 
     def test_a_transition_without_acceptance_is_caught(self, monkeypatch):
-        monkeypatch.setattr("inference.bounds.hmc.TARGET_ACCEPTANCE", 0.4)  # coarse steps
-        assert np.abs(weights_z()).max() < quantile(4)
-        monkeypatch.setattr("inference.bounds.hmc.accepted", lambda ratio: torch.ones_like(ratio, dtype=torch.bool))
-        assert np.abs(weights_z()).max() > 1.5 * quantile(4)
+        """Steps of acceptance 0.6 make the integrator's own error count; the same path is right with the rule."""
+        monkeypatch.setattr("inference.bounds.hmc.TARGET_ACCEPTANCE", 0.6)
+        pair, x, exact = pair_and_data()
+        with torch.no_grad():
+            path = Path.prepare(make_plan(pair.model, pair.guide, (x,), {}), 3000, 6, 3, "linear", "prior")
+            assert np.abs(bias_z(path.lower_bound().log_weights, exact)).max() < quantile(4)
+            monkeypatch.setattr("inference.bounds.hmc.accepted", lambda ratio: torch.ones_like(ratio, dtype=torch.bool))
+            assert np.abs(bias_z(path.lower_bound().log_weights, exact)).max() > 1.5 * quantile(4)
 
     def test_a_missing_factor_in_the_increments_is_caught(self, monkeypatch):
         monkeypatch.setattr(annealing, "temperatures", lambda n, schedule: 0.95 * temperatures(n, schedule))
@@ -137,7 +140,7 @@ class TestWeights:
 
 class TestBothDirections:
     def test_the_way_back_is_unbiased_for_the_reciprocal(self):
-        """E[1/w] = 1/p(x) over 2000 simulated (x, z), one chain each; by Jensen, log w is above log p(x) on average."""
+        """E[1/w] = 1/p(x) over 1000 simulated (x, z), one chain each; by Jensen, log w is above log p(x) on average."""
         excess = excess_of_the_way_back()
         ratio = (-excess).exp()
         assert abs(float((ratio.mean() - 1) / ratio.std())) * len(ratio) ** 0.5 < quantile(1)
@@ -156,9 +159,9 @@ class TestBothDirections:
     def test_bounds_are_in_order_and_close_with_temperatures(self):
         pair = LinearGaussian.random(8, 3, guide="mean_field")
         gaps, errors = [], []
-        for n in (2, 8, 32):
+        for n in (2, 6, 18):
             both = bidirectional_evidence(
-                pair, 30, num_temperatures=n, num_chains=8, num_leapfrog=8, start="prior", seed=1
+                pair, 30, num_temperatures=n, num_chains=8, num_leapfrog=4, start="prior", seed=1
             )
             exact = pair.log_evidence(both.x).detach()
             below, above = both.lower.log_lower - exact, both.log_upper - exact
@@ -168,7 +171,7 @@ class TestBothDirections:
             assert both.mean_gap == pytest.approx(float((above - below).mean()))
             gaps.append(both.mean_gap)
             errors.append(both.mean_gap_std_error)
-        assert gaps[0] > 2 * gaps[1] > 4 * gaps[2] > 0
+        assert gaps[0] > 1.5 * gaps[1] > 2.25 * gaps[2] > 0
         assert all(gap > 2 * error for gap, error in zip(gaps[:2], errors[:2], strict=True))
 
     def test_simulated_data_and_shapes(self):
@@ -187,9 +190,9 @@ class TestBothDirections:
 
 
 def excess_of_the_way_back() -> torch.Tensor:
-    """log w of the way back minus log p(x), for each of 2000 simulated data."""
+    """log w of the way back minus log p(x), for each of 1000 simulated data."""
     pair = LinearGaussian.random(3, 2, noise_scale=1.0, guide="mean_field")
-    both = bidirectional_evidence(pair, 2000, num_chains=1, num_temperatures=8, num_leapfrog=3, start="prior")
+    both = bidirectional_evidence(pair, 1000, num_chains=1, num_temperatures=8, num_leapfrog=3, start="prior")
     return both.log_upper - pair.log_evidence(both.x).detach()
 
 
@@ -243,7 +246,9 @@ class TestTransitions:
     def test_seed_repeats_and_leaves_the_default_generator_alone(self):
         pair, x, _ = pair_and_data()
         state = torch.get_rng_state()
-        runs = [annealed_evidence(pair.model, pair.guide, x, **SHORT, seed=s) for s in (0, 0, 1)]
+        runs = [
+            annealed_evidence(pair.model, pair.guide, x, num_temperatures=2, num_leapfrog=1, seed=s) for s in (0, 0, 1)
+        ]
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(runs[0].log_weights, runs[1].log_weights)
         assert not torch.equal(runs[0].log_weights, runs[2].log_weights)
