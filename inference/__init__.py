@@ -11,9 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inference.bounds import Decomposition, NotANumberError, PairError, SiteTerm, decompose_elbo
+    from inference.bounds.active_units import ActiveUnits, active_units
+    from inference.bounds.annealing import AnnealedEvidence, annealed_evidence
+    from inference.bounds.bidirectional import BidirectionalEvidence, bidirectional_evidence
+    from inference.bounds.calibration import Calibration, simulation_based_calibration
     from inference.bounds.evidence import Evidence
+    from inference.bounds.gaps import InferenceGap, inference_gap
     from inference.bounds.gradient_variance import GradientVariance, gradient_variance
     from inference.bounds.importance import EvidenceError, log_evidence
+    from inference.bounds.ladder import Ladder, evidence_ladder
+    from inference.bounds.refinement import NotRefinableError, refine_guide
+    from inference.bounds.surgery import ElboSurgery, elbo_surgery
+    from inference.bounds.total_error import TotalError, total_error
+    from inference.gold_standard import GoldStandardError, GuideComparison, compare_guide, gold_standard
     from inference.posterior import load_posterior, save_posterior, to_datatree
     from inference.training.config import ConfigError, TrainConfig
     from inference.training.datasets import DataError, DataSet, load_data
@@ -26,59 +36,103 @@ if TYPE_CHECKING:
 __distribution__ = "ppl-models"
 
 _HOMES = {
+    "ActiveUnits": "inference.bounds.active_units",
+    "AnnealedEvidence": "inference.bounds.annealing",
+    "BidirectionalEvidence": "inference.bounds.bidirectional",
+    "Calibration": "inference.bounds.calibration",
     "ConfigError": "inference.training.config",
     "DataError": "inference.training.datasets",
     "DataSet": "inference.training.datasets",
     "Decomposition": "inference.bounds",
     "ElboLoss": "inference.training.objectives",
+    "ElboSurgery": "inference.bounds.surgery",
     "Evidence": "inference.bounds.evidence",
     "EvidenceError": "inference.bounds.importance",
+    "GoldStandardError": "inference.gold_standard",
     "GradientVariance": "inference.bounds.gradient_variance",
+    "GuideComparison": "inference.gold_standard",
     "ImportanceWeightedLoss": "inference.training.importance_objective",
+    "InferenceGap": "inference.bounds.gaps",
+    "Ladder": "inference.bounds.ladder",
     "NotANumberError": "inference.bounds",
+    "NotRefinableError": "inference.bounds.refinement",
     "PairError": "inference.bounds",
     "Run": "inference.training.runs",
     "RunError": "inference.training.runs",
     "SiteTerm": "inference.bounds",
+    "TotalError": "inference.bounds.total_error",
     "TrainConfig": "inference.training.config",
     "TrainingDiverged": "inference.training.divergence",
+    "active_units": "inference.bounds.active_units",
+    "annealed_evidence": "inference.bounds.annealing",
+    "bidirectional_evidence": "inference.bounds.bidirectional",
+    "compare_guide": "inference.gold_standard",
     "decompose_elbo": "inference.bounds",
+    "elbo_surgery": "inference.bounds.surgery",
+    "evidence_ladder": "inference.bounds.ladder",
     "fit": "inference.training.loop",
+    "gold_standard": "inference.gold_standard",
     "gradient_variance": "inference.bounds.gradient_variance",
+    "inference_gap": "inference.bounds.gaps",
     "load_data": "inference.training.datasets",
     "load_posterior": "inference.posterior",
     "load_run": "inference.training.runs",
     "log_evidence": "inference.bounds.importance",
+    "refine_guide": "inference.bounds.refinement",
     "save_posterior": "inference.posterior",
+    "simulation_based_calibration": "inference.bounds.calibration",
     "to_datatree": "inference.posterior",
+    "total_error": "inference.bounds.total_error",
 }
 
 __all__ = [
+    "ActiveUnits",
+    "AnnealedEvidence",
+    "BidirectionalEvidence",
+    "Calibration",
     "ConfigError",
     "DataError",
     "DataSet",
     "Decomposition",
     "ElboLoss",
+    "ElboSurgery",
     "Evidence",
     "EvidenceError",
+    "GoldStandardError",
     "GradientVariance",
+    "GuideComparison",
     "ImportanceWeightedLoss",
+    "InferenceGap",
+    "Ladder",
     "NotANumberError",
+    "NotRefinableError",
     "PairError",
     "Run",
     "RunError",
     "SiteTerm",
+    "TotalError",
     "TrainConfig",
     "TrainingDiverged",
+    "active_units",
+    "annealed_evidence",
+    "bidirectional_evidence",
+    "compare_guide",
     "decompose_elbo",
+    "elbo_surgery",
+    "evidence_ladder",
     "fit",
+    "gold_standard",
     "gradient_variance",
+    "inference_gap",
     "load_data",
     "load_posterior",
     "load_run",
     "log_evidence",
+    "refine_guide",
     "save_posterior",
+    "simulation_based_calibration",
     "to_datatree",
+    "total_error",
 ]
 
 

@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from inference.commands import demo, listing, looking, training
+from inference.commands import demo, judging, listing, looking, training
 
 EXAMPLES = {
     "ppl demo": "the whole tour in a minute",
@@ -64,6 +64,8 @@ _add(demo.demo, "Start here")
 _add(training.train, "Start here", TRAIN_EXAMPLES)
 for looking_command in (looking.terms, looking.sample, looking.posterior, looking.trace, looking.report):
     _add(looking_command, "Look at a RUN")
+for judging_command in (judging.evidence, judging.calibrate):
+    _add(judging_command, "Judge a RUN")
 for listing_command in (listing.data, listing.models):
     _add(listing_command, "What there is")
 

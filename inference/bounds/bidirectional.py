@@ -54,7 +54,7 @@ class BidirectionalEvidence:
     @property
     def mean_gap_std_error(self) -> float:
         """Standard error of :attr:`mean_gap` over data (x, z*), with both ends' noise in it; infinite for one datum."""
-        return standard_error(self.gap)
+        return float(standard_error(self.gap.flatten()))
 
 
 def bidirectional_evidence(
@@ -93,10 +93,16 @@ def bidirectional_evidence(
         lower = path.lower_bound()
         exact = path.density.encode({name: trace.nodes[name]["value"] for name in path.density.layouts})
         log_weights, _ = path.sweep(path.density(exact.expand(path.num_chains, -1, -1)), upwards=False)
-    errors = torch.stack([torch.tensor(standard_error(chains)) for chains in log_weights.T]).to(log_weights)
-    return BidirectionalEvidence(x, lower, log_weights.mean(0).reshape(path.shape), errors.reshape(path.shape))
+    log_weights = log_weights.reshape(-1, *path.shape)
+    return BidirectionalEvidence(x, lower, log_weights.mean(0), standard_error(log_weights))
 
 
-def standard_error(draws: Tensor) -> float:
-    """Standard error of the mean of independent draws; infinite for a single one."""
-    return float(draws.std() / len(draws) ** 0.5) if len(draws) > 1 else float("inf")
+def standard_error(draws: Tensor) -> Tensor:
+    """Standard error of the mean of independent draws over the first dim; infinite for a single one.
+
+    >>> float(standard_error(torch.tensor([1.0, 2.0, 3.0]))), float(standard_error(torch.ones(1)))
+    (0.5773502588272095, inf)
+    """
+    if len(draws) < 2:
+        return torch.full_like(draws.mean(0), torch.inf)
+    return draws.std(0) / len(draws) ** 0.5

@@ -3,8 +3,8 @@
     ELBO  <=  IWAE-K  <=  IWAE-K'  <=  log p(x)  <=  reverse AIS        (in expectation, K < K')
                           AIS      <=  log p(x)
 
-Every rung is averaged over data and has a standard error: ELBO by site (:mod:`.decomposition`), IWAE-K with K draws of the
-guide (Burda et al. 2016, arXiv:1509.00519, Theorem 1), annealed importance sampling (:mod:`.annealing`), the exact
+Every rung is averaged over data and has a standard error: the ELBO and IWAE-K from draws of the guide (Burda et al. 2016,
+arXiv:1509.00519, Theorem 1), annealed importance sampling (:mod:`.annealing`), the exact
 evidence where the pair has one, and, on data simulated from the model, annealing back from an exact posterior draw
 (:mod:`.bidirectional`). The differences between rungs have names: log p(x) - ELBO = KL(q(z | x) || p(z | x)) is the
 inference gap. The one constraint: each inequality above is a theorem about expectations, so the order is judged in
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from inference.bounds.annealing import AnnealedEvidence, annealed_evidence, seeded
 from inference.bounds.bidirectional import bidirectional_evidence, standard_error
-from inference.bounds.decomposition import decompose_elbo
 from inference.bounds.importance import log_evidence
 from ppl_models.pair import ModelGuidePair
 
@@ -171,7 +170,7 @@ def evidence_ladder(
         pair: the programs; their latents continuous. Networks with dropout belong in ``eval()`` mode.
         x: data ``[B, *data_shape]``; or give ``num_data``.
         num_data: how many data to simulate from the model: these have an upper bound too.
-        num_particles: the K of IWAE-K, at least one; the largest is also the number of draws for the ELBO.
+        num_particles: the K of IWAE-K, at least one; the ELBO is from the draws of the largest.
         seed: of every draw made here, leaving the default generator alone; None draws from the default generator.
         annealing: options of :func:`inference.bounds.annealing.annealed_evidence`.
 
@@ -192,37 +191,37 @@ def evidence_ladder(
         >>> [rung.name for rung in ladder.rungs], ladder.check().holds
         (['ELBO', 'IWAE-10', 'IWAE-100', 'AIS', 'exact', 'reverse AIS'], True)
     """
-    if (x is None) == (num_data is None):
-        raise ValueError(
-            f"expected either data x or num_data to simulate, got {'neither' if x is None else 'both'}: pass one of them"
-        )
     counts = sorted(set(num_particles))
     if not counts or counts[0] < 1:
         raise ValueError(f"expected num_particles with at least one K >= 1, got {list(num_particles)}")
     with torch.no_grad(), seeded(seed):
-        upper = None
-        if x is None:
-            both = bidirectional_evidence(pair, num_data or 0, **annealing)
-            x, annealed, upper = both.x, both.lower, both.log_upper
-        else:
+        if x is None and num_data is not None:
+            both = bidirectional_evidence(pair, num_data, **annealing)
+            return _build(pair, both.x, counts, both.lower, both.log_upper)
+        if x is not None and num_data is None:
             pair.check_data(x)
             annealed = annealed_evidence(pair.model, pair.guide, x, **annealing)
-        return _build(pair, x, counts, annealed, upper)
+            return _build(pair, x, counts, annealed, upper=None)
+    got = "neither" if x is None else "both"
+    raise ValueError(f"expected either data x or num_data to simulate, got {got}: pass one of them")
 
 
 def _build(
     pair: ModelGuidePair, x: Tensor, counts: list[int], annealed: AnnealedEvidence, upper: Tensor | None
 ) -> Ladder:
-    d = decompose_elbo(pair.model, pair.guide, x, num_particles=counts[-1])
-    rungs = [Rung("ELBO", "lower", d.elbo, float(d.elbo.mean()), d.mean_std_error, "E_q[log p(x, z) - log q(z | x)]")]
-    notes = []
+    rungs = []
     for k in counts:
         e = log_evidence(pair.model, pair.guide, x, num_particles=k)
         meaning = f"log of the mean of {k} importance weights"
         rungs.append(
             Rung(f"IWAE-{k}", "lower", e.log_evidence, float(e.log_evidence.mean()), e.mean_std_error, meaning)
         )
-    notes += [f"IWAE-{counts[-1]}: {warning}" for warning in e.warnings]
+    error = float(e.elbo_std_error.square().sum().sqrt()) / e.elbo.numel()
+    elbo = Rung(
+        "ELBO", "lower", e.elbo, float(e.elbo.mean()), error, f"mean of the log of {counts[-1]} importance weights"
+    )
+    rungs.insert(0, elbo)
+    notes = [f"IWAE-{counts[-1]}: {warning}" for warning in e.warnings]
     meaning = f"annealed importance sampling, {_settings(annealed)}"
     rungs.append(Rung("AIS", "lower", annealed.log_lower, annealed.mean, annealed.mean_std_error, meaning))
     notes.append(f"AIS: {_transitions(annealed)}")
@@ -232,7 +231,7 @@ def _build(
         reference = exact(x).double()
         rungs.append(Rung("exact", "exact", reference, float(reference.mean()), 0.0, "log p(x) in closed form"))
     if upper is not None:
-        error = standard_error(upper - reference)
+        error = float(standard_error((upper - reference).flatten()))
         meaning = "the same path, back from an exact posterior draw"
         rungs.append(Rung("reverse AIS", "upper", upper, float(upper.mean()), error, meaning))
     epsilon = torch.finfo(next(iter(pair.parameters()), torch.empty(0)).dtype).eps

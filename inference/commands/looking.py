@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inference.commands.writing import FORCE, check_new, check_suffix
+from inference.commands.writing import FORCE, check_new, check_suffix, keep_record
 
 if TYPE_CHECKING:
     from inference.bounds.terms import Decomposition
@@ -51,7 +51,7 @@ def terms(
         d = decompose_elbo(opened.pair.model, opened.pair.guide, opened.x, num_particles=particles)
     print(f"{opened.words}\n{d.table()}")
     record = {"data": opened.words, "seed": seed, **terms_record(d)}
-    print(_keep_record(run / "terms.json", record, force=force))
+    print(keep_record(run / "terms.json", record, force=force))
 
 
 def sample(
@@ -217,18 +217,6 @@ def terms_record(d: Decomposition) -> dict[str, Any]:
     for name, term in d.terms.items():
         rows[name] |= {"kind": term.kind, "z_score": term.z_score, "reason": term.reason}
     return {"units": shown.per, "num_particles": d.num_particles, "note": d.note, "terms": rows}
-
-
-def _keep_record(path: Path, record: dict[str, Any], *, force: bool) -> str:
-    """Writes a record where there is none; other figures that are there stay unless ``force``. Says what was done."""
-    from inference.training.texts import read_json, write_json
-
-    if path.exists() and not force:
-        if read_json(path) == record:
-            return f"{path} holds these figures"
-        return f"{path} holds figures of another call and was left as it is; --force replaces it"
-    write_json(path, record)
-    return f"wrote {path}"
 
 
 def _write_arrays(path: Path, drawn: Any, *, force: bool) -> None:

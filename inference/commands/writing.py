@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -37,3 +38,15 @@ def check_suffix(path: Path, *suffixes: str) -> str:
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"expected a file name ending in {' or '.join(suffixes)}, got {path.name!r}: rename it")
     return path.suffix.lower()
+
+
+def keep_record(path: Path, record: dict[str, Any], *, force: bool) -> str:
+    """Writes a record where there is none; other figures that are there stay unless ``force``. Says what was done."""
+    from inference.training.texts import read_json, write_json
+
+    if path.exists() and not force:
+        if read_json(path) == record:
+            return f"{path} holds these figures"
+        return f"{path} holds figures of another call and was left as it is; --force replaces it"
+    write_json(path, record)
+    return f"wrote {path}"

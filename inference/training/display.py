@@ -137,7 +137,7 @@ class TrainingDisplay:
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(stderr=True), transient=True, auto_refresh=False)
+            self._live = Live(console=Console(stderr=True, highlight=False), transient=True, auto_refresh=False)
             self._live.start()
         lines = [] if self._latest is None else [HEADER, self._line(self._latest)]
         self._live.update("\n".join([*lines, self._place(epoch, batch)]), refresh=True)

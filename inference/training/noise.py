@@ -21,7 +21,7 @@ def noise_seed(seed: int, *place: int) -> int:
         >>> noise_seed(0, TRAINING, 1, 2) == noise_seed(0, TRAINING, 1, 2), noise_seed(0, 1) == noise_seed(0, 2)
         (True, False)
     """
-    return int(np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_noise(seed: int, device: torch.device) -> None:

@@ -35,6 +35,18 @@ def all_sum(values: Tensor) -> Tensor:
     return total.to(values.device)
 
 
+def in_any_process(*flags: bool) -> list[bool]:
+    """Which flags are set in any process: what one decides, all do.
+
+    Example:
+        >>> in_any_process(True, False)
+        [True, False]
+    """
+    if not _several():
+        return list(flags)
+    return [bool(flag) for flag in all_sum(torch.tensor([float(flag) for flag in flags]))]
+
+
 def first_text(text: str | None) -> str | None:
     """The first text that any process has, in the order of ranks; the same in all of them."""
     if not _several():

@@ -28,7 +28,7 @@ from inference.training.interrupts import StopRequest
 from inference.training.noise import BINARIZATION, TRAINING, VALIDATION, noise_seed, seed_noise
 from inference.training.objectives import ElboLoss, join_idle, rate_weight, training_objective
 from inference.training.optimizers import Optimization, learning_rate_factor
-from inference.training.processes import all_sum, first_text
+from inference.training.processes import all_sum, first_text, in_any_process
 from inference.training.records import Records
 from inference.training.scaling import binarize
 from inference.training.stopping import EarlyStopping
@@ -71,6 +71,8 @@ class Trainer:
         self.batches = num_batches(self.num_data, config.batch_size)
         self.total_steps = config.epochs * self.batches
         self.optimization = Optimization(pair, config, self.total_steps)
+        self.model: ModelGuidePair = self.optimization.model  # the averaged pair with ``ema``: it is reported and saved
+        self.warmup = config.kl_warmup_epochs * self.batches  # steps
         self.device = self.optimization.parameters[0].device
         self.epoch = self.batch = 0  # epochs done, and batches done of the one under way
         self.sums = torch.zeros(3, dtype=torch.float64)  # data, rate and distortion of the epoch under way
@@ -105,11 +107,6 @@ class Trainer:
             self.stop.leave()
         self.stopping.restore(self.model)
 
-    @property
-    def model(self) -> ModelGuidePair:
-        """The pair whose bound is reported and which is saved: the averaged one with ``ema``, else the trained one."""
-        return self.optimization.model
-
     def _epoch(self) -> None:
         started, first = time.monotonic(), self.batch
         self.pair.train()
@@ -123,17 +120,17 @@ class Trainer:
             rank=self.rank,
             world=self.world,
         ):
-            stopped = self._step(indices, x)
+            stopped, save_is_due = self._step(indices, x)
             self.batch += 1
             self.display.step(self.epoch + 1, self.batch)
             if stopped:
                 self._leave()
-            if self._save_is_due() and self.batch < self.batches:
+            if save_is_due and self.batch < self.batches:
                 self.save()
         self._end_epoch({"seconds": time.monotonic() - started, "steps": float(self.batches - first)})
 
-    def _step(self, indices: Tensor, x: Tensor) -> bool:
-        """One step; whether any process has been asked to stop.
+    def _step(self, indices: Tensor, x: Tensor) -> tuple[bool, bool]:
+        """One step; whether it is to be the last, and whether it is time for a checkpoint.
 
         Raises:
             TrainingDiverged: the loss or its gradient is not finite; the parameters are as before.
@@ -145,14 +142,13 @@ class Trainer:
         self.optimization.clear()
         rate, distortion = self._backward(indices, x)
         norm = self.optimization.gradient_norm().item()
-        bad, stopped = not math.isfinite(rate + distortion + norm), self.stop.asked
-        if self.world > 1:
-            bad, stopped = map(bool, all_sum(torch.tensor([float(bad), float(stopped)])))
+        bad = not math.isfinite(rate + distortion + norm)
+        bad, stopped, save_is_due = in_any_process(bad, self.stop.asked, self._save_is_due())
         if bad:
-            self._diverged(indices, x)
+            self._diverged(first_text(self._diagnosis(indices, x)))
         self.optimization.step()
         self.sums += torch.tensor([float(len(indices)), rate, distortion], dtype=torch.float64)
-        return stopped
+        return stopped, save_is_due
 
     def _backward(self, indices: Tensor, x: Tensor) -> tuple[float, float]:
         """Gradients of this process's share of the objective; its sums of rate and distortion, in nats."""
@@ -167,7 +163,7 @@ class Trainer:
                 terms = self.loss.terms(x)
         except NotANumberError:  # at the run's first step, before any closed form is chosen
             self.loss.closed_sites = frozenset()
-            self._diverged(indices, x)
+            self._diverged(self._diagnosis(indices, x))
         except torch.linalg.LinAlgError as error:
             raise TrainingDiverged(f"the programs failed in step {self.step + 1} ({error}): {REMEDY}") from error
         training_objective(terms, latents, rate_weight(self.step, self.warmup), free_bits, size, all_sum).backward()
@@ -175,23 +171,20 @@ class Trainer:
         rate = -sum(sums[site] for site in latents)
         return rate, -sum(sums.values()) - rate
 
-    def _diverged(self, indices: Tensor, x: Tensor) -> NoReturn:
-        """Finds what is not finite and says so, in all processes alike."""
-        found, step = None, self.step + 1
-        if len(indices):
-            with self.autocast():
-                rows = self.inputs.rows[indices.cpu()]
-                found = diagnose(self.loss, x, rows, step, self._seed(TRAINING))
-        found = first_text(found)
-        raise TrainingDiverged(found or f"expected a finite gradient, got an infinite norm in step {step}: {REMEDY}")
+    def _diagnosis(self, indices: Tensor, x: Tensor) -> str | None:
+        """What is not finite in this process's share of the step, and where."""
+        if not len(indices):
+            return None
+        with self.autocast():
+            return diagnose(self.loss, x, self.inputs.rows[indices.cpu()], self.step + 1, self._seed(TRAINING))
+
+    def _diverged(self, found: str | None) -> NoReturn:
+        raise TrainingDiverged(
+            found or f"expected a finite gradient, got an infinite norm in step {self.step + 1}: {REMEDY}"
+        )
 
     def _seed(self, stream: int) -> int:
         return noise_seed(self.config.seed, stream, self.epoch, self.batch, self.rank)
-
-    @property
-    def warmup(self) -> float:
-        """Steps of KL warm-up."""
-        return self.config.kl_warmup_epochs * self.batches
 
     def _end_epoch(self, timing: dict[str, float]) -> None:
         count, rate, distortion = all_sum(self.sums).tolist()
@@ -215,7 +208,7 @@ class Trainer:
         self.finished = self.stopping.stops_after(self.epoch, valid.elbo, self.model)
         self.display.epoch(row)
         self.records.add(row, timing)
-        if self._save_is_due():
+        if in_any_process(self._save_is_due())[0]:
             self.save()
 
     def evaluate(self) -> Evaluation:
@@ -248,7 +241,7 @@ class Trainer:
         return time.monotonic() - self._saved_at >= self.config.checkpoint_seconds
 
     def save(self) -> None:
-        """Writes a checkpoint.
+        """Writes a checkpoint; all processes take part.
 
         Raises:
             TrainingDiverged: a parameter is NaN or infinite; nothing is written.
@@ -271,7 +264,7 @@ class Trainer:
             "nesting": self.loss.nesting,
             "epoch": self.epoch,
             "batch": self.batch,
-            "sums": self.sums,
+            "sums": all_sum(self.sums),
             "rows": self.rows,
             "stopping": self.stopping.state(),
             "finished": self.finished,
@@ -288,25 +281,20 @@ class Trainer:
             try:
                 self.optimization.load(state["optimization"])
             except ValueError as error:
-                raise CheckpointError(
-                    f"the checkpoint is of another pair: {error}; resume with the one trained"
-                ) from error
+                raise CheckpointError(f"the checkpoint is of another pair: {error}; resume with that one") from error
             closed = state["closed_sites"]
             self.loss.closed_sites, self.loss.nesting = None if closed is None else frozenset(closed), state["nesting"]
-            self.epoch, self.batch, self.sums = state["epoch"], state["batch"], state["sums"]
+            self.epoch, self.batch = state["epoch"], state["batch"]
+            self.sums = state["sums"] if self.rank == 0 else torch.zeros_like(self.sums)
             self.rows, self.finished = state["rows"], state["finished"]
             self.stopping.load(state["stopping"])
         self.records.rewrite(self.rows)
         return state is not None
 
     def _leave_if_stopped(self) -> None:
-        asked = self.stop.asked
-        if self.world > 1:
-            asked = bool(all_sum(torch.tensor(float(asked))))
-        if asked:
+        if in_any_process(self.stop.asked)[0]:
             self._leave()
 
     def _leave(self) -> NoReturn:
         self.save()
-        all_sum(torch.zeros(1))  # no process ends before the first one has saved
         self.stop.leave()

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from inference.gold_standard import compare_guide
-from inference.views.drawing import BLUE, ORANGE, VERMILION, style
+from inference.views.drawing import BLUE, GREY, ORANGE, VERMILION, style
 from inference.views.images import Array
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def _draw_panel(axes: Axes, data: IntervalPlot, rows: list[int]) -> None:
             axes.plot([mean], [y], color=colour, marker=marker, markersize=4, markeredgecolor="white")
         if data.findings[row] != "agrees":
             place_right = axes.get_yaxis_transform()
-            said: dict[str, Any] = {"va": "center", "color": VERMILION, "fontsize": 7}
+            colour = GREY if data.findings[row].startswith("agrees") else VERMILION
+            said: dict[str, Any] = {"va": "center", "color": colour, "fontsize": 7}
             axes.text(1.01, place, data.findings[row], transform=place_right, **said)
     axes.set_yticks(range(len(rows)), [data.names[row] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)

@@ -67,10 +67,10 @@ def ladder_table(ladder: Ladder) -> str:
 
 
 def ladder_picture(ladder: Ladder) -> LadderPicture:
-    """A ladder as arrays; the enlarged range is that of the tightest three bounds with their error bars."""
+    """A ladder as arrays; the enlarged range is that of AIS and what is above it, two rungs at least, with their bars."""
     means = np.array([rung.mean for rung in ladder.rungs])
     errors = np.array([rung.mean_std_error for rung in ladder.rungs])
-    tight = [i for i, rung in enumerate(ladder.rungs) if rung.name != "ELBO"][-4:]
+    tight = slice(min([rung.name for rung in ladder.rungs].index("AIS"), len(means) - 2), None)
     bars = np.where(np.isfinite(errors), BAR * errors, 0.0)
     low, high = float((means - bars)[tight].min()), float((means + bars)[tight].max())
     margin = 0.08 * (high - low) or max(1e-6, 1e-6 * abs(high))

@@ -79,7 +79,9 @@ def test_every_pair_has_its_evidence_by_datum(name):
     e = log_evidence(pair.model, pair.guide, x, num_particles=60)
     shape = (len(x),)
     assert {t.shape for t in (e.log_evidence, e.std_error, e.ess, e.k_hat, e.elbo)} == {torch.Size(shape)}
-    assert (e.log_evidence >= e.elbo - 1e-12 * e.elbo.abs()).all(), "the logarithm of a mean is above the mean of logarithms"
+    assert (e.log_evidence >= e.elbo - 1e-12 * e.elbo.abs()).all(), (
+        "the logarithm of a mean is above the mean of logarithms"
+    )
     assert ((e.ess >= 1 - 1e-9) & (e.ess <= 60 + 1e-9)).all()
     assert e.num_dims == x[0].numel()
     assert e.plates == ("data",)
@@ -155,7 +157,9 @@ def test_a_discrete_latent_against_enumeration():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.3, 0.3])))
 
-    exact = np.log(sum(p * scipy.stats.poisson(r).pmf(x.numpy()) for p, r in zip(prior.numpy(), rates.numpy(), strict=True)))
+    exact = np.log(
+        sum(p * scipy.stats.poisson(r).pmf(x.numpy()) for p, r in zip(prior.numpy(), rates.numpy(), strict=True))
+    )
     e = log_evidence(model, guide, x, num_particles=5000)
     assert (np.abs(e.log_evidence.numpy() - exact) < max_z(3) * e.std_error.numpy()).all()
     assert not (e.k_hat > 0.7).any()
@@ -174,7 +178,9 @@ def test_draws_outside_the_models_support_weigh_nothing():
             pyro.sample("z", dist.Normal(0.5, 1.0))
 
     x = torch.tensor([0.2, 1.5])
-    exact = [math.log(expectation(lambda z, v=v: scipy.stats.norm(z, 1.0).pdf(v), scipy.stats.expon())) for v in (0.2, 1.5)]
+    exact = [
+        math.log(expectation(lambda z, v=v: scipy.stats.norm(z, 1.0).pdf(v), scipy.stats.expon())) for v in (0.2, 1.5)
+    ]
     e = log_evidence(model, guide, x, num_particles=20_000)
     assert (np.abs(e.log_evidence.numpy() - exact) < max_z(2) * e.std_error.numpy()).all()
     assert (e.elbo == -math.inf).all(), "one draw without density is enough"
@@ -242,7 +248,7 @@ def test_intervals_of_half_the_width_would_be_seen():
 
 
 def test_k_hat_tells_a_narrow_guide_from_a_wide_one():
-    """The posterior's variance is 1/2. With variance s^2 the weights have k = 1 - 2 s^2: 0.82 for s = 0.3; s = 1 bounds them."""
+    """The posterior's variance is 1/2. A guide of variance s^2 has k = 1 - 2 s^2, 0.82 for s = 0.3; s = 1 bounds the weights."""
     x = torch.linspace(-1.0, 1.0, 20)
     narrow = log_evidence(normal_model, normal_guide(0.0, 0.3), x, num_particles=5000)
     wide = log_evidence(normal_model, normal_guide(0.0, 1.0), x, num_particles=5000)
@@ -270,7 +276,9 @@ def test_an_error_that_is_not_met_is_said():
     guide = normal_guide(0.3, 1.0)
     e = log_evidence(normal_model, guide, x, num_particles=50, target_std_error=1e-4, max_particles=180)
     assert e.num_particles == 180
-    assert any("5 of 5 data did not reach the standard error 0.0001 within 180 particles" in text for text in e.warnings)
+    assert any(
+        "5 of 5 data did not reach the standard error 0.0001 within 180 particles" in text for text in e.warnings
+    )
 
 
 @pytest.mark.slow
@@ -289,7 +297,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     peaks = []
     for count in ("100", "10000"):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", code, count], capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", code, count], capture_output=True, text=True, check=True, env=environment
+        )
         peaks.append(int(done.stdout))
     assert peaks[1] <= 1.1 * peaks[0]
 
@@ -378,12 +388,40 @@ GOOD = normal_guide(0.0, 1.0)
         (normal_model, GOOD, X, {"num_particles": 0}, EvidenceError, r"expected num_particles >= 1, got 0"),
         (normal_model, GOOD, X, {"chunk_size": 0}, EvidenceError, r"expected chunk_size >= 1, got 0"),
         (normal_model, GOOD, X, {"max_particles": -1}, EvidenceError, r"expected max_particles >= 1, got -1"),
-        (normal_model, GOOD, X, {"target_std_error": 0.0}, EvidenceError, r"positive target_std_error in nats, got 0\.0"),
-        (plate_free_model, plate_free_guide, X, {}, EvidenceError, r"every batch dimension in a plate, got dim -1 of size 4"),
-        (subsampling("model"), subsampling("guide"), X, {}, EvidenceError, r"without subsampling, got 2 of 4 .* 'data'"),
+        (
+            normal_model,
+            GOOD,
+            X,
+            {"target_std_error": 0.0},
+            EvidenceError,
+            r"positive target_std_error in nats, got 0\.0",
+        ),
+        (
+            plate_free_model,
+            plate_free_guide,
+            X,
+            {},
+            EvidenceError,
+            r"every batch dimension in a plate, got dim -1 of size 4",
+        ),
+        (
+            subsampling("model"),
+            subsampling("guide"),
+            X,
+            {},
+            EvidenceError,
+            r"without subsampling, got 2 of 4 .* 'data'",
+        ),
         (scaled(normal_model), scaled(GOOD), X, {}, EvidenceError, r"sites without a scale, got one at site '[zx]'"),
         (shuffled_model, GOOD, X, {}, EvidenceError, r"same data at every run, but those at site 'x' changed"),
-        (uniform_model, missing_guide, X, {}, EvidenceError, r"all 200 importance weights of datum 0 are zero .* site 'z'"),
+        (
+            uniform_model,
+            missing_guide,
+            X,
+            {},
+            EvidenceError,
+            r"all 200 importance weights of datum 0 are zero .* site 'z'",
+        ),
         (infinite_model, GOOD, X, {}, EvidenceError, r"expected finite importance weights, got log w = inf of datum 2"),
         (normal_model, GOOD, NAN, {}, NotANumberError, r"NaN at site 'z' of the guide, batch index \[2\]"),
         (normal_model, lambda x: None, X, {}, PairError, r"latent site 'z' has no guide site"),

@@ -18,8 +18,16 @@ from inference.training.noise import noise_seed, seed_noise
 from inference.training.scaling import binarize
 from ppl_models import LinearGaussian
 from tests.oracles import gaussian
-from tests.training.test_objectives import Replicates, correlated_pair
-from tests.training.training_pairs import NanAtOnce, PointMass, grey_points, linear_vae, noisy_vae, points
+from tests.training.training_pairs import (
+    NanAtOnce,
+    PointMass,
+    Replicates,
+    correlated_pair,
+    grey_points,
+    linear_vae,
+    noisy_vae,
+    points,
+)
 
 
 def exact_pair() -> tuple[ElboLoss, Tensor]:

@@ -14,6 +14,8 @@ import pytest
 import scipy.stats
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from inference.bounds.gradient_variance import gradient_variance
 from inference.bounds.sites import PairError
@@ -30,12 +32,12 @@ K = 3
 
 
 class Line(ModelGuidePair):
-    """z ~ N(0, 1), x ~ N(w z, 0.7^2), q(z | x) = N(a x + c, exp(l)^2)."""
+    """z ~ N(0, 1), x ~ N(w z, 0.7^2), q(z | x) = N(a x + c, exp(s)^2)."""
 
     def __init__(self) -> None:
         super().__init__(data_shape=(), latent_sites=("z",))
         self.w = nn.Parameter(torch.tensor(1.3))
-        self.a, self.c, self.l = (nn.Parameter(torch.tensor(value)) for value in (0.3, 0.4, -0.4))
+        self.a, self.c, self.s = (nn.Parameter(torch.tensor(value)) for value in (0.3, 0.4, -0.4))
 
     def model(self, x=None, size=None):
         self.announce("w")
@@ -44,9 +46,9 @@ class Line(ModelGuidePair):
             return pyro.sample("x", dist.Normal(self.w * z, 0.7), obs=x)
 
     def guide(self, x):
-        self.announce("a", "c", "l")
+        self.announce("a", "c", "s")
         with pyro.plate("data", self.batch_size(x)):
-            return pyro.sample("z", dist.Normal(self.a * x + self.c, self.l.exp()))
+            return pyro.sample("z", dist.Normal(self.a * x + self.c, self.s.exp()))
 
     def make_exact(self) -> None:
         """Puts the guide's parameters where the guide is the posterior."""
@@ -54,23 +56,23 @@ class Line(ModelGuidePair):
         with torch.no_grad():
             self.a.copy_(self.w / 0.49 / precision)
             self.c.zero_()
-            self.l.copy_(-0.5 * precision.log())
+            self.s.copy_(-0.5 * precision.log())
 
 
-def line_bound(w: float, a: float, c: float, l: float, x: float, nodes: int = 40) -> float:
+def line_bound(w: float, a: float, c: float, s: float, x: float, nodes: int = 40) -> float:
     """E[log (1/K) sum w_k] for K = 3, by Gauss-Hermite quadrature over the three draws."""
     u, mass = np.polynomial.hermite_e.hermegauss(nodes)
     mass = mass / mass.sum()
-    z = a * x + c + math.exp(l) * u
+    z = a * x + c + math.exp(s) * u
     norm = scipy.stats.norm
-    lw = norm.logpdf(z) + norm.logpdf(x, w * z, 0.7) - norm.logpdf(z, a * x + c, math.exp(l))
+    lw = norm.logpdf(z) + norm.logpdf(x, w * z, 0.7) - norm.logpdf(z, a * x + c, math.exp(s))
     three = np.logaddexp(np.logaddexp(lw[:, None, None], lw[None, :, None]), lw[None, None, :]) - math.log(3)
     return float(np.einsum("i,j,k,ijk", mass, mass, mass, three))
 
 
 def line_gradient(x: float) -> dict[str, float]:
     """The gradient of minus the bound, by central differences of the quadrature."""
-    start, h, gradient = {"w": 1.3, "a": 0.3, "c": 0.4, "l": -0.4}, 1e-5, {}
+    start, h, gradient = {"w": 1.3, "a": 0.3, "c": 0.4, "s": -0.4}, 1e-5, {}
     for name in start:
         up, down = ({**start, name: start[name] + sign * h} for sign in (1, -1))
         gradient[name] = -(line_bound(**up, x=x) - line_bound(**down, x=x)) / (2 * h)
@@ -171,14 +173,14 @@ def test_a_doubly_reparameterised_gradient_with_a_fault_is_caught(fault, monkeyp
 def line_t_values(gradient: str) -> np.ndarray:
     pair, x = Line(), 0.9
     loss = ImportanceWeightedLoss(pair, K, gradient)
-    draws = gradients(loss, [pair.w, pair.a, pair.c, pair.l], torch.full((2000,), x), batches=40)
+    draws = gradients(loss, [pair.w, pair.a, pair.c, pair.s], torch.full((2000,), x), batches=40)
     return t_values(draws, torch.tensor(list(line_gradient(x).values()))).numpy()
 
 
 class Chain(ModelGuidePair):
-    """z_2 -> z_1 -> x with unit normals, and the bottom-up guide q(z_1 | x) q(z_2 | z_1): two latents, one drawn from the other.
+    """z_2 -> z_1 -> x with unit normals, and the bottom-up guide q(z_1 | x) q(z_2 | z_1): one latent drawn from the other.
 
-    With ``plates`` > 0, z_1 and x are in a plate of that size within each datum.
+    With ``width`` > 0, z_1 and x are in a plate of that size within each datum.
     """
 
     def __init__(self, width: int = 0) -> None:
@@ -278,7 +280,7 @@ def test_at_the_posterior_the_doubly_reparameterised_guide_gradient_is_zero_for_
     found = {}
     for gradient in BOTH:
         loss = ImportanceWeightedLoss(pair, 5, gradient)
-        found[gradient] = torch.stack(torch.autograd.grad(loss(x).mean(), [pair.a, pair.c, pair.l]))
+        found[gradient] = torch.stack(torch.autograd.grad(loss(x).mean(), [pair.a, pair.c, pair.s]))
     assert found["doubly_reparameterized"].abs().max() < 1e-12
     assert found["iwae"].abs().max() > 1e-3
 
@@ -296,7 +298,7 @@ def test_the_doubly_reparameterised_gradient_is_the_quieter_one_for_the_encoder(
 
 def test_a_frozen_guide_leaves_the_models_gradient():
     pair = Line()
-    for p in (pair.a, pair.c, pair.l):
+    for p in (pair.a, pair.c, pair.s):
         p.requires_grad_(False)
     x, found = torch.linspace(-1.0, 1.0, 5), []
     for gradient in BOTH:
@@ -321,7 +323,7 @@ class DropoutEncoder(nn.Module):
 class Coin(Line):
     def guide(self, x):
         with pyro.plate("data", self.batch_size(x)):
-            return pyro.sample("z", dist.Poisson(self.l.exp() + 0.0 * x))
+            return pyro.sample("z", dist.Poisson(self.s.exp() + 0.0 * x))
 
 
 @pytest.mark.parametrize(
@@ -366,3 +368,26 @@ def test_parameters_are_the_pairs_own():
     loss(torch.zeros(3))
     assert {id(p) for p in loss.parameters()} == {id(p) for p in pair.parameters()}
     assert all(p.grad is None and p.requires_grad for p in pair.parameters())
+
+
+@pytest.mark.parametrize("gradient", BOTH)
+def test_value_and_gradient_can_be_traced_to_one_flat_graph(gradient):
+    """No value is read into Python and no parameter is frozen into the graph: it is right at other parameters too."""
+    vae = VAE.preset((6,), Bernoulli(), latent_dim=2, hidden=(8,))
+    x = vae.model(size=5).detach()
+    loss = ImportanceWeightedLoss(vae, 4, gradient)
+    loss(x)
+    names = [name for name, _ in loss.named_parameters()]
+
+    def step(values: list[Tensor], x: Tensor) -> list[Tensor]:
+        value = functional_call(loss, dict(zip(names, values, strict=True)), (x,))
+        return [value, *torch.autograd.grad(value.sum(), values)]
+
+    start = [p.detach().clone().requires_grad_() for p in loss.parameters()]
+    with pyro.validation_enabled(False):
+        graph = make_fx(step)(start, x)
+    moved = [(1.3 * p.detach() + 0.1).requires_grad_() for p in start]
+    torch.manual_seed(0)
+    traced = graph(moved, x)
+    torch.manual_seed(0)
+    assert all(torch.allclose(a, b) for a, b in zip(traced, step(moved, x), strict=True))

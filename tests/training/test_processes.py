@@ -22,7 +22,7 @@ from inference.training import launching
 from inference.training.launching import ProcessFailed
 from inference.training.storage import StorageError
 from tests.training.interrupted_runs import process
-from tests.training.training_pairs import NanAtNine, PointMass, Scalar, linear_vae, points
+from tests.training.training_pairs import NanAtNine, NanAtOnce, PointMass, Scalar, linear_vae, points
 
 
 def weights(pair: torch.nn.Module) -> Tensor:
@@ -146,6 +146,8 @@ def test_an_error_in_one_process_is_raised_as_what_it_is(tmp_path: Path) -> None
     x[23] = 10.0
     with pytest.raises(TrainingDiverged, match=r"got nan at site 'z' for datum 23"):
         fit(NanAtNine(), x, batch_size=4, processes=2, progress=False)
+    with pytest.raises(TrainingDiverged, match=r"got nan at site 'z' for datum 23 in step 1"):
+        fit(NanAtOnce(), x, batch_size=40, processes=2, progress=False)
     with pytest.raises(ProcessFailed, match=r"process 1 of 2 failed with ZeroDivisionError: in the user's network"):
         fit(Failing(), x, processes=2, progress=False)
 

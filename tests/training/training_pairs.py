@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ppl_models import VAE, ModelGuidePair
+from ppl_models import VAE, LinearGaussian, ModelGuidePair
 from ppl_models.likelihoods import Bernoulli, Normal
 
 
@@ -99,6 +99,27 @@ class Scalar(ModelGuidePair):
             return pyro.sample("z", dist.Normal(self.loc(x), self.log_s.exp()))
 
 
+class Replicates(ModelGuidePair):
+    """Two plates: ``repeats`` measurements a datum, in an inner plate or as an event."""
+
+    def __init__(self, plated: bool) -> None:
+        super().__init__((3,), latent_sites=("z",))
+        self.plated = plated
+        self.a = nn.Parameter(torch.tensor(0.4))
+
+    def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+        with pyro.plate("data", self.batch_size(x, size), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            if not self.plated:
+                return pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 3), 1.0).to_event(1), obs=x)
+            with pyro.plate("repeats", 3, dim=-2):
+                return pyro.sample("x", dist.Normal(z, 1.0), obs=None if x is None else x.transpose(-1, -2))
+
+    def guide(self, x: Tensor) -> Tensor:
+        with pyro.plate("data", self.batch_size(x), dim=-1):
+            return pyro.sample("z", dist.Normal(self.a * x.sum(-1), 0.5))
+
+
 class NanAtNine(Scalar):
     """The network returns NaN where x is above 9, once ``a`` has moved from its start."""
 
@@ -135,6 +156,12 @@ class SlowItems(Dataset[Tensor]):
             self.marker.touch()
             time.sleep(60)
         return torch.tensor(index / 200)
+
+
+def correlated_pair() -> LinearGaussian:
+    """Columns far from orthogonal, so that the mean-field guide is far from the posterior."""
+    weight = torch.tensor([[1.0, 0.9], [0.5, 1.0], [-0.3, 0.6]])
+    return LinearGaussian(weight, torch.tensor([0.1, -0.2, 0.3]), noise_scale=0.5, guide="mean_field")
 
 
 def grey_points(num: int = 37, dims: int = 4) -> Tensor:

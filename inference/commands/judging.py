@@ -1,0 +1,133 @@
+"""How good a RUN is: ``ppl evidence`` (likelihood with its error, ladder of bounds, gaps) and ``ppl calibrate``.
+
+Each opens the RUN, calls the library and prints. Draws depend on ``--seed`` alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inference.commands.looking import Force, RunFolder, Seed, Spec
+from inference.commands.writing import check_new, check_suffix, keep_record
+
+if TYPE_CHECKING:
+    from inference.bounds.evidence import Evidence
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def evidence(
+    run: RunFolder,
+    particles: Annotated[int, typer.Option(metavar="K", min=1, help="draws from the guide per datum")] = 5000,
+    se: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", min=1e-6, help="draw on until each datum's standard error is below this"),
+    ] = None,
+    num_data: Annotated[int, typer.Option(metavar="N", min=1, help="how many held-out data, the first ones")] = 1000,
+    gaps: Annotated[
+        bool, typer.Option("--gaps", help="also split log p(x) - ELBO by refining the guide per datum")
+    ] = False,
+    ladder: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="also draw the ladder of bounds, on data simulated from the model"),
+    ] = None,
+    ladder_data: Annotated[int, typer.Option(metavar="N", min=2, help="how many data to simulate for the ladder")] = 50,
+    data: Spec = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Estimate log p(x) of held-out data by importance weighting, per datum with its error, and say how far to trust it.
+
+    IWAE-K bound, standard error, effective sample size and Pareto k-hat; nats and bits/dim. The means are also written to
+    RUN/evidence.json. With --ladder: ELBO, IWAE-K, AIS and reverse AIS, which bound log p(x) from both sides.
+    """
+    from inference.bounds.importance import log_evidence
+    from inference.commands.choices import seeded
+    from inference.commands.opening import open_run
+
+    if ladder is not None:
+        check_suffix(ladder, *PICTURES)
+        check_new(ladder, force=force)
+    opened = open_run(run, data, num_data)
+    pair, x = opened.pair, opened.x
+    with seeded(seed):
+        estimate = log_evidence(pair.model, pair.guide, x, num_particles=particles, target_std_error=se)
+        print(f"{opened.words}\n{estimate.table()}")
+        record = {"data": opened.words, "seed": seed, **evidence_record(estimate)}
+        print(keep_record(run / "evidence.json", record, force=force))
+        if gaps:
+            from inference.bounds.gaps import inference_gap
+
+            print(f"\n{inference_gap(pair, x).table()}")
+        if ladder is not None:
+            _ladder(pair, ladder_data, ladder, force=force)
+
+
+def calibrate(
+    run: RunFolder,
+    simulations: Annotated[int, typer.Option(metavar="N", min=20, help="data simulated from the model")] = 1000,
+    figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="also draw the ranks")] = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Check the guide against the model by simulation: ranks of the true z among the guide's draws must be uniform.
+
+    Simulation-based calibration (Talts et al. 2018, arXiv:1804.06788), each latent dimension and the log joint.
+    """
+    from inference.bounds.calibration import simulation_based_calibration
+    from inference.commands.choices import seeded
+    from inference.training.runs import load_run
+
+    if figure is not None:
+        check_suffix(figure, *PICTURES)
+        check_new(figure, force=force)
+    opened = load_run(run)
+    with seeded(seed):
+        calibration = simulation_based_calibration(opened.pair, num_simulations=simulations)
+    print(f"{calibration.table()}\n{calibration.words()}")
+    if figure is not None:
+        from inference.views.calibration import draw_calibration, rank_plot
+        from inference.views.figures import save_figure
+
+        save_figure(draw_calibration(rank_plot(calibration)), figure, overwrite=force)
+        print(f"wrote {figure}")
+
+
+def evidence_record(estimate: Evidence) -> dict[str, Any]:
+    """An evidence estimate as plain data: means over data, in nats unless the name says otherwise.
+
+    Example:
+        >>> import torch
+        >>> from inference.bounds.importance import log_evidence
+        >>> from ppl_models import LinearGaussian
+        >>> pair = LinearGaussian.random(data_dim=3, latent_dim=2)
+        >>> record = evidence_record(log_evidence(pair.model, pair.guide, torch.zeros(4, 3), num_particles=100))
+        >>> record["num_particles"], record["num_bad_k_hat"]
+        (100, 0)
+    """
+    return {
+        "log_evidence": float(estimate.log_evidence.mean()),
+        "std_error": estimate.mean_std_error,
+        "largest_std_error": float(estimate.std_error.max()),
+        "bits_per_dim": float(estimate.bits_per_dim.mean()),
+        "elbo": float(estimate.elbo.mean()),
+        "median_ess": float(estimate.ess.median()),
+        "num_bad_k_hat": estimate.num_bad_k_hat,
+        "num_particles": estimate.num_particles,
+        "note": estimate.note,
+        "warnings": list(estimate.warnings),
+    }
+
+
+def _ladder(pair: Any, num_data: int, path: Path, *, force: bool) -> None:
+    from inference.bounds.ladder import evidence_ladder
+    from inference.views.figures import save_figure
+    from inference.views.ladder import draw_ladder, ladder_picture
+
+    rungs = evidence_ladder(pair, num_data=num_data)
+    print(f"\n{rungs.table()}")
+    save_figure(draw_ladder(ladder_picture(rungs)), path, overwrite=force)
+    print(f"wrote {path}")
