@@ -8,7 +8,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "examples"
-TESTED = {"any_pyro_program", "evidence_and_gap", "vae_on_digits"}
+TESTED = {"any_pyro_program", "evidence_and_gap", "ladder_of_bounds", "vae_on_digits"}
 
 
 def _load(name: str) -> ModuleType:
@@ -51,3 +51,11 @@ def test_vae_on_digits(tmp_path, capsys):
     assert numbers["elbo"] < 0
     assert (tmp_path / "posterior.nc").is_file()
     assert "mean" in capsys.readouterr().out
+
+
+def test_ladder_of_bounds(tmp_path, capsys):
+    numbers = _load("ladder_of_bounds").main(num_data=4, num_temperatures=4, steps=20, out=tmp_path / "ladder.png")
+    assert numbers["holds"] == 1.0
+    assert numbers["ELBO"] < numbers["exact"]
+    assert (tmp_path / "ladder.png").is_file()
+    assert "amortisation gap" in capsys.readouterr().out

@@ -26,6 +26,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from inference.bounds.closed_forms import law_name
 from inference.bounds.evidence import Evidence
 from inference.bounds.moments import Moments
 from inference.bounds.pareto import pareto_k_hat, tail_size
@@ -229,13 +230,18 @@ def _check_plan(plan: Plan) -> None:
 
 def _check_same_data(prototype: Particles, particles: Particles) -> None:
     for name, site in prototype.model.items():
-        if site["is_observed"] and not is_deterministic(site) and name in particles.model:
+        if _holds_data(site) and name in particles.model:
             first, now = site["value"], particles.model[name]["value"]
             if first is not now and not bool(((first == now) | (first.isnan() & now.isnan())).all()):
                 raise EvidenceError(
                     f"expected the same data at every run, but those at site {name!r} changed from one particle to the "
                     "next: fix their order and any random preprocessing before the programs see them"
                 )
+
+
+def _holds_data(site: Site) -> bool:
+    """Whether a site of the model observes data; a point mass (deterministic or reparameterised sites) only names a value."""
+    return site["is_observed"] and not is_deterministic(site) and law_name(site["fn"]) != "Delta"
 
 
 def _of_datum(index: Tensor) -> str:
@@ -246,7 +252,7 @@ def _num_dims(plan: Plan) -> int:
     """Observed numbers per datum: the data sites' elements, over those of the shared plates (a factor has none)."""
     total = 0
     for site in plan.prototype.model.values():
-        if site["is_observed"] and not is_deterministic(site):
+        if _holds_data(site):
             plates = math.prod(frame.size for frame in site["cond_indep_stack"] if frame.vectorized)
             total += plates * site["fn"].event_shape.numel()
     return total // max(1, plan.shape.numel())

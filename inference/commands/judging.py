@@ -68,7 +68,7 @@ def evidence(
 
 def calibrate(
     run: RunFolder,
-    simulations: Annotated[int, typer.Option(metavar="N", min=20, help="data simulated from the model")] = 1000,
+    simulations: Annotated[int, typer.Option(metavar="N", min=100, help="data simulated from the model")] = 1000,
     figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="also draw the ranks")] = None,
     seed: Seed = 0,
     force: Force = False,

@@ -1,0 +1,92 @@
+"""``ppl evidence`` and ``ppl calibrate`` on a RUN of a small VAE."""
+
+import json
+
+import pytest
+import torch
+
+from inference.cli import run
+from tests.test_cli import call, refuse, succeed
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    """A RUN of one epoch on two moons, whose two latents make every draw cheap."""
+    folder = tmp_path_factory.mktemp("runs") / "moons"
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        tiny = ["--hidden", "8", "--epochs", "1", "--batch-size", "1000", "--threads", "1"]
+        assert run(["train", "vae", "--data", "two_moons", "--out", str(folder), *tiny]) == 0
+    finally:
+        torch.set_default_dtype(default)
+    return folder
+
+
+def test_evidence_prints_bound_error_and_trust(capsys, points):
+    out = succeed(capsys, "evidence", points, "--particles", 200, "--num-data", 20, "--force")
+    assert "IWAE-200" in out
+    assert "k-hat" in out
+    record = json.loads((points / "evidence.json").read_text())
+    assert record["num_particles"] == 200
+    assert record["log_evidence"] >= record["elbo"]
+    assert record["std_error"] > 0
+
+
+def test_evidence_draws_until_the_error_is_met_and_says_the_cost(capsys, points):
+    out = succeed(capsys, "evidence", points, "--particles", 100, "--se", 2.0, "--num-data", 5, "--force")
+    assert json.loads((points / "evidence.json").read_text())["largest_std_error"] <= 2.0
+    assert "evaluations" in out
+
+
+def test_evidence_with_gaps(capsys, points, monkeypatch):
+    from inference.bounds import gaps
+
+    quick = gaps.inference_gap
+    monkeypatch.setattr(gaps, "inference_gap", lambda pair, x: quick(pair, x, num_particles=50, steps=20))
+    out = succeed(capsys, "evidence", points, "--particles", 50, "--num-data", 4, "--gaps", "--force")
+    assert "amortisation gap" in out
+
+
+def test_evidence_with_a_ladder(capsys, points, tmp_path, monkeypatch):
+    from inference.bounds import ladder
+
+    quick = ladder.evidence_ladder
+    settings = {"num_temperatures": 4, "num_leapfrog": 2, "num_chains": 4, "num_particles": [5, 20]}
+    monkeypatch.setattr(ladder, "evidence_ladder", lambda pair, num_data: quick(pair, num_data=num_data, **settings))
+    picture = tmp_path / "ladder.png"
+    arguments = ("--particles", 50, "--num-data", 4, "--ladder", picture, "--ladder-data", 4)
+    out = succeed(capsys, "evidence", points, *arguments, "--force")
+    assert "reverse AIS" in out
+    assert picture.stat().st_size > 1000
+    refuse(capsys, "evidence", points, "--ladder", picture, match="exists")
+
+
+def test_calibrate(capsys, points, tmp_path):
+    picture = tmp_path / "ranks.png"
+    out = succeed(capsys, "calibrate", points, "--simulations", 100, "--figure", picture)
+    assert "z" in out
+    assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--particles", 0], "particles"),
+        (["--se", -1], "se"),
+        (["--ladder", "ladder.gif"], "ending in .png"),
+        (["--ladder", "nowhere/ladder.png"], "existing folder"),
+    ],
+)
+def test_bad_calls_are_refused(capsys, points, arguments, match):
+    refuse(capsys, "evidence", points, *arguments, match=match)
+
+
+def test_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
+    for command in ("evidence", "calibrate"):
+        refuse(capsys, command, tmp_path, match="RUN folder")
+
+
+def test_figures_depend_on_the_seed_alone(capsys, points):
+    arguments = ("evidence", points, "--particles", 20, "--num-data", 3, "--seed", 1)
+    assert call(capsys, *arguments)[1] == call(capsys, *arguments)[1]
