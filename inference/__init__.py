@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from inference.bounds.refinement import NotRefinableError, refine_guide
     from inference.bounds.surgery import ElboSurgery, elbo_surgery
     from inference.bounds.total_error import TotalError, total_error
-    from inference.gold_standard import GoldStandardError, GuideComparison, compare_guide, gold_standard
+    from inference.nuts import GoldStandardError, GuideComparison, compare_guide, gold_standard
     from inference.posterior import load_posterior, save_posterior, to_datatree
     from inference.training.config import ConfigError, TrainConfig
     from inference.training.datasets import DataError, DataSet, load_data
@@ -48,9 +48,9 @@ _HOMES = {
     "ElboSurgery": "inference.bounds.surgery",
     "Evidence": "inference.bounds.evidence",
     "EvidenceError": "inference.bounds.importance",
-    "GoldStandardError": "inference.gold_standard",
+    "GoldStandardError": "inference.nuts",
     "GradientVariance": "inference.bounds.gradient_variance",
-    "GuideComparison": "inference.gold_standard",
+    "GuideComparison": "inference.nuts",
     "ImportanceWeightedLoss": "inference.training.importance_objective",
     "InferenceGap": "inference.bounds.gaps",
     "Ladder": "inference.bounds.ladder",
@@ -66,12 +66,12 @@ _HOMES = {
     "active_units": "inference.bounds.active_units",
     "annealed_evidence": "inference.bounds.annealing",
     "bidirectional_evidence": "inference.bounds.bidirectional",
-    "compare_guide": "inference.gold_standard",
+    "compare_guide": "inference.nuts",
     "decompose_elbo": "inference.bounds",
     "elbo_surgery": "inference.bounds.surgery",
     "evidence_ladder": "inference.bounds.ladder",
     "fit": "inference.training.loop",
-    "gold_standard": "inference.gold_standard",
+    "gold_standard": "inference.nuts",
     "gradient_variance": "inference.bounds.gradient_variance",
     "inference_gap": "inference.bounds.gaps",
     "load_data": "inference.training.datasets",

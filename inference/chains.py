@@ -3,7 +3,7 @@
 R-hat is the rank-normalised split one, ESS the bulk one (Vehtari, Gelman, Simpson, Carpenter and Buerkner 2021,
 arXiv:1903.08008). Chains that agree have R-hat below 1.01; ESS counts the independent draws that they are worth.
 
-The one constraint: a group has dims ``chain`` and ``draw``, as :func:`inference.gold_standard.gold_standard` makes it. For
+The one constraint: a group has dims ``chain`` and ``draw``, as :func:`inference.nuts.gold_standard` makes it. For
 a guide's independent draws these numbers have no meaning.
 """
 

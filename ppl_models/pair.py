@@ -137,14 +137,14 @@ class ModelGuidePair(nn.Module, ABC):
             return
         for name in submodules:
             member = getattr(self, name)
-            if isinstance(member, nn.Parameter):
+            if isinstance(member, Tensor):  # a parameter, or what torch.func.functional_call puts in its place
                 _emit(name, member)
             else:
                 for parameter_name, parameter in member.named_parameters():
                     _emit(param_with_module_name(name, parameter_name), parameter)
 
 
-def _emit(name: str, parameter: nn.Parameter) -> None:
+def _emit(name: str, parameter: Tensor) -> None:
     """One ``param`` message whose value is an alias of the parameter, as ``SVI`` expects it."""
     alias = parameter.view_as(parameter)
     alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]

@@ -171,8 +171,6 @@ class _GuideDetached(nn.Module):
         super().__init__()
         self.program = _Guide(pair)
         self.values = {name: p.detach() for name, p in self.program.named_parameters()}
-        for value in self.values.values():
-            value._is_param = True  # isinstance(value, nn.Parameter) holds, which `announce` asks
         if spare_buffers:
             self.values.update({name: b.clone() for name, b in self.program.named_buffers()})
 

@@ -35,6 +35,15 @@ def all_sum(values: Tensor) -> Tensor:
     return total.to(values.device)
 
 
+def all_rows(values: Tensor) -> Tensor:
+    """The tensors of all processes, one a row in the order of ranks, bit for bit; one row where there is one process."""
+    if not _several():
+        return values[None]
+    rows = values.new_zeros(torch.distributed.get_world_size(), *values.shape)
+    rows[torch.distributed.get_rank()] = values
+    return all_sum(rows)
+
+
 def in_any_process(*flags: bool) -> list[bool]:
     """Which flags are set in any process: what one decides, all do.
 

@@ -28,7 +28,7 @@ from inference.training.interrupts import StopRequest
 from inference.training.noise import BINARIZATION, TRAINING, VALIDATION, noise_seed, seed_noise
 from inference.training.objectives import ElboLoss, join_idle, rate_weight, training_objective
 from inference.training.optimizers import Optimization, learning_rate_factor
-from inference.training.processes import all_sum, first_text, in_any_process
+from inference.training.processes import all_rows, all_sum, first_text, in_any_process
 from inference.training.records import Records
 from inference.training.scaling import binarize
 from inference.training.stopping import EarlyStopping
@@ -264,7 +264,7 @@ class Trainer:
             "nesting": self.loss.nesting,
             "epoch": self.epoch,
             "batch": self.batch,
-            "sums": all_sum(self.sums),
+            "sums": all_rows(self.sums),
             "rows": self.rows,
             "stopping": self.stopping.state(),
             "finished": self.finished,
@@ -285,7 +285,7 @@ class Trainer:
             closed = state["closed_sites"]
             self.loss.closed_sites, self.loss.nesting = None if closed is None else frozenset(closed), state["nesting"]
             self.epoch, self.batch = state["epoch"], state["batch"]
-            self.sums = state["sums"] if self.rank == 0 else torch.zeros_like(self.sums)
+            self.sums = state["sums"][self.rank].clone()
             self.rows, self.finished = state["rows"], state["finished"]
             self.stopping.load(state["stopping"])
         self.records.rewrite(self.rows)

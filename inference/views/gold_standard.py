@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from inference.gold_standard import compare_guide
+from inference.nuts import compare_guide
 from inference.views.drawing import BLUE, GREY, ORANGE, VERMILION, style
 from inference.views.images import Array
 
@@ -42,7 +42,7 @@ def interval_plot(tree: xarray.DataTree) -> IntervalPlot:
     """Intervals of each scalar under NUTS and under the guide.
 
     Args:
-        tree: from :func:`inference.gold_standard.gold_standard`.
+        tree: from :func:`inference.nuts.gold_standard`.
 
     Raises:
         ValueError: more scalars than fit a page.

@@ -8,7 +8,7 @@ import torch
 import xarray
 
 from inference.chains import effective_sample_size, error_of_the_mean, r_hat
-from inference.gold_standard import GoldStandardError, compare_guide, gold_standard
+from inference.nuts import GoldStandardError, compare_guide, gold_standard
 from inference.posterior import load_posterior, save_posterior, summary
 from inference.views.gold_standard import QUANTILES, draw_intervals, interval_plot
 from ppl_models import LinearGaussian, ModelGuidePair
