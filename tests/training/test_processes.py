@@ -81,7 +81,7 @@ def test_noise_differs_by_process_and_data_put_aside_are_the_same() -> None:
 @pytest.mark.slow
 def test_several_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     """SIGTERM to the caller: status 143, a checkpoint, and the rest as it would have been."""
-    options = {"out": tmp_path / "run", "epochs": 400, "batch_size": 3, "processes": 2, "progress": False}
+    options = {"out": tmp_path / "run", "epochs": 120, "batch_size": 3, "processes": 2, "progress": False}
     started = process(fit_quietly, {**options})
     until = time.monotonic() + 100
     metrics = tmp_path / "run" / "metrics.csv"
