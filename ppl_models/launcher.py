@@ -25,7 +25,9 @@ def check_inference() -> None:
         raise ImportError(f"expected the package 'inference' of ppl-models, found none ({error}): {_REMEDY}") from None
     if getattr(package, "__distribution__", None) != "ppl-models":
         place = package.__file__ or next(iter(package.__path__), "an unknown place")
-        raise ImportError(f"expected 'inference' to be the package of ppl-models, found another one at {place}: {_REMEDY}")
+        raise ImportError(
+            f"expected 'inference' to be the package of ppl-models, found another one at {place}: {_REMEDY}"
+        )
 
 
 _REMEDY = "install ppl-models into an environment of its own (or run from a folder that holds no 'inference')"

@@ -27,7 +27,19 @@ from inference.training.storage import StorageError
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--hidden", "16", "--latent-dim", "3", "--epochs", "1", "--threads", "1"]
-COMMANDS = ["train", "evidence", "calibrate", "terms", "sample", "posterior", "trace", "report", "data", "models", "demo"]
+COMMANDS = [
+    "train",
+    "evidence",
+    "calibrate",
+    "terms",
+    "sample",
+    "posterior",
+    "trace",
+    "report",
+    "data",
+    "models",
+    "demo",
+]
 
 
 def call(capsys, *arguments):
