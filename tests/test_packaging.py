@@ -1,5 +1,6 @@
 """The built wheel in an empty environment, and the guard against another distribution's ``inference``."""
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -15,8 +16,15 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    out, source = (
+        tmp_path_factory.mktemp("dist"),
+        tmp_path_factory.mktemp("source"),
+    )  # a copy: building writes beside it
+    for name in ("ppl_models", "inference"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.glob("*.whl"))
