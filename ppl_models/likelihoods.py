@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import ppl_models.distributions as extra
+from ppl_models.data_checks import refuse_grey_levels, refuse_other_than_floats, refuse_other_than_tensor, refuse_where
 
 __all__ = ["Bernoulli", "Categorical", "DiscretizedNormal", "Likelihood", "Normal"]
 
@@ -182,7 +183,7 @@ class Normal(_LocationScale):
         if dist.is_validation_enabled():
             limits = torch.finfo(scale.dtype)
             low, high = 100 * math.sqrt(limits.tiny), math.sqrt(limits.max)
-            _refuse(
+            refuse_where(
                 scale.detach(),
                 ~((scale >= low) & (scale <= high)),
                 "scale",
@@ -193,7 +194,7 @@ class Normal(_LocationScale):
 
     def check(self, x: Tensor, name: str = "x") -> None:
         """Any finite floats; see `Likelihood.check`."""
-        _refuse_other_than_floats(x, name)
+        refuse_other_than_floats(x, name)
 
 
 class Bernoulli(Likelihood):
@@ -223,9 +224,9 @@ class Bernoulli(Likelihood):
         """Floats, each exactly 0 or 1; see `Likelihood.check`."""
         expected = "exact 0 or 1 under a Bernoulli likelihood"
         remedy = 'scale to [0, 1] (scaling "unit") and state a binarisation ("dynamic" or "fixed")'
-        _refuse_grey_levels(x, name, expected, remedy)
-        _refuse_other_than_floats(x, name)
-        _refuse(x, (x != 0) & (x != 1), name, expected, remedy)
+        refuse_grey_levels(x, name, expected, remedy)
+        refuse_other_than_floats(x, name)
+        refuse_where(x, (x != 0) & (x != 1), name, expected, remedy)
 
 
 class Categorical(Likelihood):
@@ -270,11 +271,11 @@ class Categorical(Likelihood):
 
     def check(self, x: Tensor, name: str = "x") -> None:
         """int64 in 0..K-1; see `Likelihood.check`."""
-        _refuse_other_than_tensor(x, name)
+        refuse_other_than_tensor(x, name)
         if x.dtype != torch.int64:
             raise ValueError(f"{name}: expected int64 class indices, got {x.dtype}; convert with .long()")
         expected = f"class indices in 0..{self.num_classes - 1}"
-        _refuse(x, (x < 0) | (x >= self.num_classes), name, expected, "raise num_classes or relabel the data")
+        refuse_where(x, (x < 0) | (x >= self.num_classes), name, expected, "raise num_classes or relabel the data")
 
     def example(self, data_shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
         """All of class 0, in int64 whatever `dtype` is; see `Likelihood.example`."""
@@ -337,15 +338,15 @@ class DiscretizedNormal(_LocationScale):
     def check(self, x: Tensor, name: str = "x") -> None:
         """Floats on the grid of `levels` values in [-1, 1]; see `Likelihood.check`."""
         expected = f"one of {self.levels} evenly spaced values in [-1, 1]"
-        _refuse_grey_levels(x, name, expected, f'scale 0..{self.levels - 1} to [-1, 1] (scaling "symmetric")')
-        _refuse_other_than_floats(x, name)
+        refuse_grey_levels(x, name, expected, f'scale 0..{self.levels - 1} to [-1, 1] (scaling "symmetric")')
+        refuse_other_than_floats(x, name)
         in_unit = bool(((x >= 0) & (x <= 1)).all())
         remedy = (
             'values in [0, 1] need scaling "symmetric", 2x - 1'
             if in_unit
             else 'round to the grid with scaling "symmetric", or match levels to the data'
         )
-        _refuse(x, ~extra.Grid(self.levels).check(x), name, expected, remedy)
+        refuse_where(x, ~extra.Grid(self.levels).check(x), name, expected, remedy)
 
     def example(self, data_shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
         """All at the lowest level, -1; see `Likelihood.example`."""
@@ -392,30 +393,3 @@ def _check_dims(tensor: Tensor, least: int) -> None:
             f"expected decoder output with at least {least} dimensions, those of one datum, got shape "
             f"{list(tensor.shape)}; let the decoder end in a reshape to the data's shape"
         )
-
-
-def _refuse(x: Tensor, bad: Tensor, name: str, expected: str, remedy: str) -> None:
-    """Raises on the first entry where `bad` is True."""
-    if bad.any():
-        index = bad.nonzero()[0].tolist()
-        where = f"{name}{index}" if index else name
-        raise ValueError(f"{name}: expected {expected}, but {where} is {x[tuple(index)].item():.9g}; {remedy}")
-
-
-def _refuse_other_than_tensor(x: Tensor, name: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}; convert with torch.as_tensor")
-
-
-def _refuse_other_than_floats(x: Tensor, name: str) -> None:
-    _refuse_other_than_tensor(x, name)
-    if not x.is_floating_point():
-        raise ValueError(f"{name}: expected floating-point values, got {x.dtype}; convert with .float()")
-    _refuse(x, ~x.isfinite(), name, "finite values", "remove or fill in what is missing")
-
-
-def _refuse_grey_levels(x: Tensor, name: str, expected: str, remedy: str) -> None:
-    """Whole numbers from 0 to more than 1 are grey levels that nobody scaled: the most common slip, so it is named."""
-    _refuse_other_than_tensor(x, name)
-    if not x.is_complex() and ((x >= 0) & (x < math.inf) & (x.frac() == 0 if x.is_floating_point() else True)).all():
-        _refuse(x, x > 1, name, expected, f"these look like integer grey levels 0..255: {remedy}")
