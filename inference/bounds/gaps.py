@@ -8,7 +8,8 @@ Li and Duvenaud 2018, arXiv:1801.03558, eqs. 5 and 6. The inference gap is KL(q(
 
 Conventions. All in nats per datum. The bounds are estimated on common random numbers, so the amortisation gap is much
 more precise than either. The one constraint: where the evidence is itself an importance-weighted *bound*, the
-approximation gap is too small by what that bound lacks; and ELBO* is as good as its search, which says so itself.
+approximation gap is too small by what that bound lacks; and ELBO* is as good as its search. Where the search did not
+converge, the approximation gap is an upper bound and the amortisation gap a lower one, and the table says so.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ class InferenceGap:
         ]
         cells = [[name, f"{float(v.mean()):.4f}", f"{_error_of_mean(e):.4f}"] for name, v, e in rows]
         text = text_table(["nats, mean over data", "value", "+- SE"], cells)
+        if not self.refinement.converged:
+            text += "\n  the split is a bound only: approximation gap at most, amortisation gap at least as shown"
         return f"{text}\n  ({self.refinement.words()})"
 
 
@@ -98,6 +101,7 @@ def inference_gap(
     num_particles: int = 1000,
     steps: int = 500,
     learning_rate: float = 0.05,
+    max_steps: int | None = None,
 ) -> InferenceGap:
     """Splits log p(x) - ELBO(x) into approximation gap and amortisation gap, datum by datum.
 
@@ -108,15 +112,17 @@ def inference_gap(
             None draws 5 ``num_particles`` importance weights under the *refined* guide, by
             :func:`inference.log_evidence`, which gives a lower bound.
         num_particles: draws for each bound.
-        steps: Adam steps of the search, see :func:`refine_guide`.
-        learning_rate: Adam's first rate.
+        steps: Adam steps of the search's first round, see :func:`refine_guide`; rounds follow until it has converged.
+        learning_rate: Adam's first rate in each round.
+        max_steps: of the search in all; None for 16 ``steps``.
 
     Returns:
-        :class:`InferenceGap`.
+        :class:`InferenceGap`; its ``refinement.converged`` tells whether the split can be trusted.
 
     Raises:
         NotRefinableError: a guide law has no location and scale.
-        ValueError: ``num_particles`` below 2, or an evidence of another shape than ``[B]``.
+        ValueError: ``num_particles`` below 2, an evidence of another shape than ``[B]``, or a search that
+            :func:`refine_guide` refuses.
 
     Example:
         >>> from ppl_models import LinearGaussian
@@ -130,7 +136,7 @@ def inference_gap(
         raise ValueError(f"expected num_particles >= 2, got {num_particles}: one draw has no standard error")
     if log_evidence is not None:
         _evidence(log_evidence, len(x))
-    refinement = refine_guide(pair, x, steps=steps, learning_rate=learning_rate)
+    refinement = refine_guide(pair, x, steps=steps, learning_rate=learning_rate, max_steps=max_steps)
     with torch.no_grad():
         own, best = data_plan(pair, x), data_plan(pair, x, refinement.guide)
         elbo, refined, difference = paired_bounds(own, best, num_particles)

@@ -1,4 +1,4 @@
-"""How noisy the gradients of several losses are, by block of parameters.
+"""How noisy the gradients of several losses are, by site and by block of parameters.
 
 For a loss with gradient g (of the batch mean) over a block of parameters, g and g' two independent draws of it,
 
@@ -10,26 +10,41 @@ For a loss with gradient g (of the batch mean) over a block of parameters, g and
 Both expectations are estimated without bias from R pairs of draws, whose values are independent, so each comes with an
 honest standard error; and nothing but two gradients is held at a time. Units: nats^2 over the parameters' units squared.
 
-A block is what a pair's program announces by one name (``encoder``, ``decoder``, ``likelihood``, a bare parameter):
-the first part of a parameter's name, without the losses' own prefix ``pair``. The one constraint: losses are compared on
-the same data, with the same parameters.
+Parameters are grouped in two ways. By *site*: the parameters of a site are those that its own law in guide or model depends
+on at given values of its parents, found by autograd of its log-density; sites are called ``q(z_2 | z_1)`` in the guide (x, on
+which any guide law may depend, is left out) and ``p(x | z)`` in the model. A parameter that several sites' laws use counts
+in each of them, with the loss's whole gradient; a site without parameters is left out; parameters of no site's law stand
+under ``(no site)``. By *block*: what a pair's program announces by one name (``encoder``, ``decoder``, a bare parameter), the
+first part of a parameter's name without the losses' own prefix ``pair``. The one constraint: losses are compared on the same
+data, with the same parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from inference.bounds.dependencies import parents
 from inference.bounds.moments import Moments
+from inference.bounds.particles import forked_rng
+from inference.bounds.sites import is_deterministic, sample_sites
 from inference.progress import Progress
+from ppl_models.pair import ModelGuidePair
+
+GROUPINGS = ("site", "block")
+
+Groups = dict[str, list[nn.Parameter]]
 
 
 @dataclass(frozen=True)
 class BlockVariance:
-    """One loss's gradient over one block: variance and signal with their standard errors."""
+    """One loss's gradient over one group of parameters: variance and signal with their standard errors."""
 
     variance: float
     variance_std_error: float
@@ -47,7 +62,7 @@ class BlockVariance:
 
 @dataclass(frozen=True)
 class GradientVariance(Mapping[str, dict[str, BlockVariance]]):
-    """``report[loss][block]`` is a :class:`BlockVariance`; losses and blocks in the order given."""
+    """``report[loss][group]`` is a :class:`BlockVariance`; losses in the order given, sites before blocks."""
 
     losses: dict[str, dict[str, BlockVariance]]
     num_pairs: int
@@ -65,11 +80,11 @@ class GradientVariance(Mapping[str, dict[str, BlockVariance]]):
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The parameter blocks."""
+        """Names of the groups of parameters: guide sites, model sites, blocks, as far as asked for."""
         return tuple(next(iter(self.losses.values())))
 
     def table(self) -> str:
-        """Variance, its ratio to the first loss's, and signal-to-noise ratio as text, block by block."""
+        """Variance, its ratio to the first loss's, and signal-to-noise ratio as text, group by group."""
         from inference.views.tables import text_table
 
         first = next(iter(self.losses.values()))
@@ -86,23 +101,27 @@ class GradientVariance(Mapping[str, dict[str, BlockVariance]]):
             for block in self.blocks
             for name, found in self.losses.items()
         ]
-        header = ["block", "loss", "tr Cov(g)", "+- SE", "ratio", "snr", ""]
+        header = ["parameters of", "loss", "tr Cov(g)", "+- SE", "ratio", "snr", ""]
         return f"Gradient of the batch mean, nats^2; {self.num_pairs} pairs of draws\n{text_table(header, rows)}"
 
 
-def gradient_variance(losses: Mapping[str, nn.Module], x: Tensor, num_pairs: int = 50) -> GradientVariance:
-    """Variance and signal of each loss's gradient by block of parameters, on the same data.
+def gradient_variance(
+    losses: Mapping[str, nn.Module], x: Tensor, num_pairs: int = 50, by: Collection[str] = GROUPINGS
+) -> GradientVariance:
+    """Variance and signal of each loss's gradient by site and by block of parameters, on the same data.
 
     Args:
         losses: modules that map ``x`` to ``[B]`` nats, by name; all of the same parameters (one pair's).
         x: ``[B, *data_shape]``.
         num_pairs: R >= 2 pairs of draws, that is 2 R gradients of each loss.
+        by: which groups of parameters: ``"site"`` (the programs are run once, every site of them), ``"block"``, or both.
 
     Returns:
         :class:`GradientVariance`. The parameters' own ``.grad`` is left alone.
 
     Raises:
-        ValueError: no loss, fewer than two pairs, a loss without parameters, or losses of different parameters.
+        ValueError: no loss, fewer than two pairs, a loss without parameters, losses of different parameters, an unknown
+            grouping, or grouping by site of a loss that has no :class:`ModelGuidePair` within.
 
     Example:
         >>> from inference import ElboLoss
@@ -112,13 +131,15 @@ def gradient_variance(losses: Mapping[str, nn.Module], x: Tensor, num_pairs: int
         >>> x = vae.model(size=5).detach()
         >>> losses = {"closed form": ElboLoss(vae), "drawn": ElboLoss(vae, closed_form=False)}
         >>> report = gradient_variance(losses, x, num_pairs=20)
-        >>> report.blocks, report["drawn"]["encoder"].variance > 0
-        (('encoder', 'decoder'), True)
+        >>> report.blocks, report["drawn"]["q(z)"].variance > 0
+        (('q(z)', 'p(x | z)', 'encoder', 'decoder'), True)
     """
     if not losses:
         raise ValueError("expected at least one loss, got none: pass {'name': loss}")
     if num_pairs < 2:
         raise ValueError(f"expected num_pairs >= 2, got {num_pairs}: an error needs two values at least")
+    if isinstance(by, str) or not by or not set(by) <= set(GROUPINGS):
+        raise ValueError(f"expected by to hold 'site', 'block' or both, got {by!r}: write by=('site',)")
     blocks = {name: _blocks(name, loss) for name, loss in losses.items()}
     reference_name, reference = next(iter(blocks.items()))
     for name, own in blocks.items():
@@ -127,32 +148,40 @@ def gradient_variance(losses: Mapping[str, nn.Module], x: Tensor, num_pairs: int
                 f"expected losses of the same parameters, got others in {name!r} than in {reference_name!r}: build all "
                 "losses from one pair"
             )
+    parameters = [p for block in reference.values() for p in block]
+    groups: Groups = {}
+    if "site" in by:
+        groups |= _parameters_of_sites(_pair(reference_name, losses[reference_name]), x, parameters)
+    if "block" in by:
+        groups |= reference
     result = {}
     with Progress("comparing gradients", num_pairs * len(losses), unit="pairs") as progress:
         for name, loss in losses.items():
-            variance, signal = ({block: Moments() for block in reference} for _ in range(2))
+            variance, signal = ({group: Moments() for group in groups} for _ in range(2))
             for _ in range(num_pairs):
-                one, other = _gradients(loss, x, blocks[name]), _gradients(loss, x, blocks[name])
-                for block in reference:
-                    variance[block].add((one[block] - other[block]).square().sum()[None] / 2)
-                    signal[block].add((one[block] * other[block]).sum()[None])
+                one, other = _gradients(loss, x, parameters), _gradients(loss, x, parameters)
+                noise = {p: (one[p] - other[p]).square().sum() / 2 for p in parameters}
+                product = {p: (one[p] * other[p]).sum() for p in parameters}
+                for group, members in groups.items():
+                    variance[group].add(torch.stack([noise[p] for p in members]).sum()[None])
+                    signal[group].add(torch.stack([product[p] for p in members]).sum()[None])
                 progress.advance()
             result[name] = {
-                block: BlockVariance(
-                    float(variance[block].mean),
-                    float(variance[block].std_error),
-                    float(signal[block].mean),
-                    float(signal[block].std_error),
-                    sum(p.numel() for p in reference[block]),
+                group: BlockVariance(
+                    float(variance[group].mean),
+                    float(variance[group].std_error),
+                    float(signal[group].mean),
+                    float(signal[group].std_error),
+                    sum(p.numel() for p in members),
                 )
-                for block in reference
+                for group, members in groups.items()
             }
     return GradientVariance(result, num_pairs)
 
 
-def _blocks(name: str, loss: nn.Module) -> dict[str, list[nn.Parameter]]:
+def _blocks(name: str, loss: nn.Module) -> Groups:
     """Trainable parameters by the first part of their name, ``pair`` left out."""
-    blocks: dict[str, list[nn.Parameter]] = {}
+    blocks: Groups = {}
     for path, parameter in loss.named_parameters():
         if parameter.requires_grad:
             blocks.setdefault(path.removeprefix("pair.").split(".")[0], []).append(parameter)
@@ -161,11 +190,58 @@ def _blocks(name: str, loss: nn.Module) -> dict[str, list[nn.Parameter]]:
     return blocks
 
 
-def _gradients(loss: nn.Module, x: Tensor, blocks: Mapping[str, list[nn.Parameter]]) -> dict[str, Tensor]:
-    """One draw of the gradient of the batch mean, flat, by block; float64. Parameters that the loss does not use: zero."""
-    parameters = [p for block in blocks.values() for p in block]
-    gradients = iter(torch.autograd.grad(loss(x).mean(), parameters, allow_unused=True, materialize_grads=True))
-    return {
-        block: torch.cat([next(gradients).detach().flatten().to(torch.float64) for _ in ps])
-        for block, ps in blocks.items()
-    }
+def _pair(name: str, loss: nn.Module) -> ModelGuidePair:
+    pairs = [module for module in loss.modules() if isinstance(module, ModelGuidePair)]
+    if not pairs:
+        raise ValueError(
+            f"expected a loss of a ModelGuidePair, got none within {name!r}: build it from a pair, or ask for by=('block',)"
+        )
+    return pairs[0]
+
+
+def _parameters_of_sites(pair: ModelGuidePair, x: Tensor, parameters: list[nn.Parameter]) -> Groups:
+    """The parameters that reach each site's own law, guide first; then those that reach none."""
+    with forked_rng():
+        with torch.enable_grad(), _WithoutPaths():
+            guide = poutine.trace(pair.guide).get_trace(x)
+            model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(x)
+        links = {"q": parents(pair.guide, (x,), {}), "p": parents(pair.model, (x,), {})}
+    groups: Groups = {}
+    for program, trace in (("q", guide), ("p", model)):
+        for site, node in sample_sites(trace).items():
+            if is_deterministic(node):
+                continue
+            above = [name for name in links[program] if name in links[program][site]]  # in the program's order
+            members = _reaching(node["fn"], node["value"], parameters)
+            if members:
+                groups[f"{program}({site} | {', '.join(above)})" if above else f"{program}({site})"] = members
+    reached = {p for members in groups.values() for p in members}
+    rest = [p for p in parameters if p not in reached]
+    return groups | {"(no site)": rest} if rest else groups
+
+
+class _WithoutPaths(Messenger):
+    """Cuts gradients at each site's value, so that only the site's own parameters reach its law."""
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(msg["value"], Tensor):
+            msg["value"] = msg["value"].detach()
+
+
+def _reaching(law: Any, value: Tensor, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Parameters with a path to the law: to its log-density, or to a point mass's place, which has no density."""
+    base = law
+    while isinstance(base, torch.distributions.Independent):
+        base = base.base_dist
+    outputs = [law.log_prob(value), *([base.v] if hasattr(base, "v") else [])]
+    outputs = [output.sum() for output in outputs if output.requires_grad]
+    if not outputs:
+        return []
+    gradients = torch.autograd.grad(outputs, parameters, allow_unused=True)
+    return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+
+
+def _gradients(loss: nn.Module, x: Tensor, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """One draw of the gradient of the batch mean; float64. Parameters that the loss does not use: zero."""
+    gradients = torch.autograd.grad(loss(x).mean(), parameters, allow_unused=True, materialize_grads=True)
+    return {p: g.detach().to(torch.float64) for p, g in zip(parameters, gradients, strict=True)}

@@ -14,6 +14,11 @@ Adam follows pathwise gradients in which log q is held at fixed parameters (Roed
 arXiv:1703.09194): they have the same expectation, and no variance where q* is the posterior. The programs run as they are;
 an effect handler puts the corrected law in place of the site's own. The pair's parameters are not touched.
 
+The search goes in rounds, each with a new Adam whose rate falls from the first rate to zero by a cosine, and each as long
+as all rounds before it together. A datum has settled when a whole round changed its bound by nothing that counts. (The end
+of one round would not tell: its rate is near zero, so it gains nothing wherever it is.) Rounds follow until every datum
+has settled, or until the next would go beyond a stated number of steps.
+
 The one constraint: the law is known by parameters called ``loc`` and ``scale`` or ``scale_tril``, and is reparameterised.
 """
 
@@ -32,8 +37,9 @@ from inference.bounds.particles import Plan, Program
 from inference.progress import Progress
 from ppl_models.pair import ModelGuidePair
 
-TOLERANCE = 0.01  # nats of the mean bound: a gain below it is not worth more steps
-DRAWS_FOR_GAIN = 32  # times the draws of a step, to tell what the last quarter of the steps gained
+TOLERANCE = 0.01  # nats of a datum's bound: a gain below it is not worth more steps
+ROUNDS_TO_MAXIMUM = 5  # by default: the first round and four doublings, 16 times its steps
+DRAWS_FOR_GAIN = 64  # times the draws of a step, to tell what a round gained
 NEGLIGIBLE_SLOPE = 1e-3  # nats per scale: Adam's epsilon, so that noise on a flat bound is not walked upon
 
 
@@ -54,10 +60,10 @@ class Correction:
 
     @classmethod
     def none(cls, law: Any) -> Correction:
-        """No correction, for a law of batch shape ``[B]``: leaves of a gradient."""
+        """No correction, for a law of batch shape ``[B]``."""
         loc = _base(law).loc.detach()
         size = (*loc.shape, loc.shape[-1]) if isinstance(_base(law), dist.MultivariateNormal) else loc.shape
-        return cls(torch.zeros_like(loc).requires_grad_(), loc.new_zeros(size).requires_grad_())
+        return cls(torch.zeros_like(loc), loc.new_zeros(size))
 
     def detached(self) -> Correction:
         """The same numbers, without gradient."""
@@ -92,8 +98,9 @@ class Correction:
 class Refinement:
     """A pair's guide with corrections for given data, and how the search for them went.
 
-    ``guide(x)`` is a Pyro program for exactly these data in this order. ``gain`` ``[B]`` is what the last quarter of the
-    steps added to each datum's bound, nats, on common random numbers, with standard errors ``gain_error`` ``[B]``.
+    ``guide(x)`` is a Pyro program for exactly these data in this order; ``steps`` are those of all rounds together.
+    ``gain`` ``[B]`` is what the last round added to each datum's bound, nats, on common random numbers, with standard
+    errors ``gain_error`` ``[B]``.
     """
 
     guide: Program
@@ -104,44 +111,69 @@ class Refinement:
     gain_error: Tensor
 
     @property
-    def mean_gain(self) -> tuple[float, float]:
-        """Mean over data of :attr:`gain`, and its standard error."""
-        return float(self.gain.mean()), float(self.gain_error.square().sum().sqrt() / len(self.gain))
+    def settled(self) -> Tensor:
+        """Which data the last round left where they were, ``[B]``: |gain| + 2 standard errors within 0.01 nats.
+
+        A gain that is not known to 0.005 nats settles nothing, and neither does one that is not finite.
+        """
+        return self.gain.abs() + 2 * self.gain_error <= TOLERANCE
 
     @property
     def converged(self) -> bool:
-        """Whether the last quarter of the steps gained nothing that counts: at most 0.01 nats and two standard errors."""
-        gain, error = self.mean_gain
-        return gain <= TOLERANCE + 2 * error
+        """Whether every datum has settled."""
+        return bool(self.settled.all())
+
+    @property
+    def mean_gain(self) -> tuple[float, float]:
+        """Mean over data of :attr:`gain`, and its standard error; it can be small where single data are far off."""
+        return float(self.gain.mean()), float(self.gain_error.square().sum().sqrt() / len(self.gain))
 
     def words(self) -> str:
-        """The search as a sentence."""
-        verdict = "converged" if self.converged else "NOT converged, take more steps"
-        gain, error = self.mean_gain
+        """The search as a sentence, with the datum whose gain is largest or least known."""
+        bound = (self.gain.abs() + 2 * self.gain_error).nan_to_num(nan=float("inf"))
+        worst = int(bound.argmax())
+        open_ = ~self.settled
+        unknown = int((open_ & ~(2 * self.gain_error <= TOLERANCE)).sum())
+        verdict = "converged"
+        if not self.converged:
+            verdict = f"NOT converged for {int(open_.sum())} of {len(self.gain)} data, raise max_steps"
+            if unknown:
+                verdict += f" ({unknown} of them not known: the error of the gain is too large)"
         return (
-            f"{self.steps} Adam steps of {self.num_particles} draws a datum; in the last quarter the mean bound gained "
-            f"{gain:+.4f} ± {error:.4f} nats: {verdict}"
+            f"{self.steps} Adam steps of {self.num_particles} draws a datum; the last round, half of them, changed the "
+            f"bound of datum {worst} the most, by {float(self.gain[worst]):+.4f} ± {float(self.gain_error[worst]):.4f} "
+            f"nats: {verdict}"
         )
 
 
 def refine_guide(
-    pair: ModelGuidePair, x: Tensor, *, steps: int = 500, num_particles: int = 16, learning_rate: float = 0.05
+    pair: ModelGuidePair,
+    x: Tensor,
+    *,
+    steps: int = 500,
+    num_particles: int = 16,
+    learning_rate: float = 0.05,
+    max_steps: int | None = None,
 ) -> Refinement:
     """Maximises ELBO(x_i) over location and scale of every latent, for each datum on its own.
 
     Args:
         pair: the programs; their parameters stay as they are.
         x: data ``[B, *data_shape]``.
-        steps: Adam steps, at least 8; the rate falls to zero by a cosine.
+        steps: Adam steps of the first round, at least 8. A second round of as many always follows, to tell whether the
+            first was enough, and then rounds that double the total, until every datum has settled.
         num_particles: draws of each datum a step.
-        learning_rate: Adam's first rate; corrections are in scales and logarithms of scales, so it is a step in these.
+        learning_rate: Adam's first rate in each round; corrections are in scales and logarithms of scales, so it is a
+            step in these.
+        max_steps: no round is begun that would go beyond these steps in all; at least 2 ``steps``, None for 16 ``steps``.
 
     Returns:
-        :class:`Refinement`; look at ``converged``.
+        :class:`Refinement`; look at ``converged``, and at ``settled`` for each datum.
 
     Raises:
         NotRefinableError: a latent's guide law has no location and scale, or is not reparameterised.
-        ValueError: ``steps`` below 8, ``num_particles`` below 1 or ``learning_rate`` not positive.
+        ValueError: ``steps`` below 8, ``num_particles`` below 1, ``learning_rate`` not positive, or ``max_steps`` below
+            2 ``steps``.
         PairError: sites do not match, or are not all inside the data plate.
 
     Example:
@@ -154,31 +186,48 @@ def refine_guide(
     if steps < 8 or num_particles < 1 or not learning_rate > 0:
         raise ValueError(
             f"expected steps >= 8, num_particles >= 1 and learning_rate > 0, got {steps}, {num_particles} and "
-            f"{learning_rate}: the last quarter of the steps tells whether the search converged"
+            f"{learning_rate}: a round that hardly moves tells nothing"
+        )
+    limit = 2 ** (ROUNDS_TO_MAXIMUM - 1) * steps if max_steps is None else max_steps
+    if limit < 2 * steps:
+        raise ValueError(
+            f"expected max_steps >= 2 * steps = {2 * steps}, got {limit}: a second round tells whether the first was enough"
         )
     with torch.no_grad():
         plan = data_plan(pair, x)
     corrections = {site: _uncorrected(site, plan) for site in pair.latent_sites}
-    leaves = [tensor for c in corrections.values() for tensor in (c.shift, c.stretch)]
+    with Progress("refining the guide", limit) as shown:
+        corrections = _round(plan, corrections, steps, num_particles, learning_rate, shown)
+        taken, settled = steps, False
+        while not settled and 2 * taken <= limit:
+            earlier, length = corrections, taken
+            corrections = _round(plan, earlier, length, num_particles, learning_rate, shown)
+            taken += length
+            guide = _corrected_guide(pair, corrections)
+            with torch.no_grad():
+                before = data_plan(pair, x, _corrected_guide(pair, earlier))
+                _, _, gain = paired_bounds(before, data_plan(pair, x, guide), DRAWS_FOR_GAIN * num_particles)
+            found = Refinement(guide, corrections, taken, num_particles, gain.mean, gain.std_error)
+            settled = found.converged
+    return found
+
+
+def _round(
+    plan: Plan, start: dict[str, Correction], steps: int, num_particles: int, learning_rate: float, shown: Progress
+) -> dict[str, Correction]:
+    """Corrections after ``steps`` Adam steps from ``start``, which stays as it is."""
+    corrections = {site: c.copied() for site, c in start.items()}
+    leaves = [tensor.requires_grad_() for c in corrections.values() for tensor in (c.shift, c.stretch)]
     optimizer = torch.optim.Adam(leaves, lr=learning_rate, eps=NEGLIGIBLE_SLOPE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    earlier = corrections
-    with Progress("refining the guide", steps) as shown:
-        for step in range(steps):
-            if step == steps * 3 // 4:
-                earlier = {site: c.copied() for site, c in corrections.items()}
-            gradients = torch.autograd.grad(-_bound(plan, corrections, num_particles).sum(), leaves)
-            for leaf, gradient in zip(leaves, gradients, strict=True):
-                leaf.grad = gradient
-            optimizer.step()
-            schedule.step()
-            shown.advance()
-    final = {site: c.copied() for site, c in corrections.items()}
-    guide = _corrected_guide(pair, final)
-    with torch.no_grad():
-        before = data_plan(pair, x, _corrected_guide(pair, earlier))
-        _, _, gain = paired_bounds(before, data_plan(pair, x, guide), DRAWS_FOR_GAIN * num_particles)
-    return Refinement(guide, final, steps, num_particles, gain.mean, gain.std_error)
+    for _ in range(steps):
+        gradients = torch.autograd.grad(-_bound(plan, corrections, num_particles).sum(), leaves)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        schedule.step()
+        shown.advance()
+    return {site: c.detached() for site, c in corrections.items()}
 
 
 def _corrected_guide(pair: ModelGuidePair, corrections: dict[str, Correction]) -> Program:

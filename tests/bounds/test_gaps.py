@@ -9,15 +9,17 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.optimize
+import scipy.special
 import scipy.stats
 import torch
 
 from inference.bounds import PairError
 from inference.bounds.gaps import inference_gap
-from inference.bounds.refinement import Correction, NotRefinableError, refine_guide
+from inference.bounds.refinement import Correction, NotRefinableError, Refinement, refine_guide
 from inference.bounds.total_error import total_error
 from inference.training.densities import draw
-from ppl_models import LinearGaussian
+from ppl_models import LinearGaussian, ModelGuidePair
 from tests.bounds.gap_pairs import Amortised, Chain, OneSite
 from tests.oracles import gaussian
 
@@ -41,6 +43,40 @@ def kls(pair: LinearGaussian, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 def off_by(estimate: torch.Tensor, exact: np.ndarray, error: torch.Tensor, slack: float = 0.0) -> float:
     """Largest deviation in standard errors, after ``slack`` nats that the search may leave."""
     return float(((estimate - torch.as_tensor(exact)).abs() - slack).clamp(min=0).div(error + 1e-9).max())
+
+
+class GammaPoisson(ModelGuidePair):
+    """z ~ Gamma(2, 1), x ~ Poisson(z), with a LogNormal guide: the posterior's own moments of log z, shifted and stretched."""
+
+    def __init__(self, shift: float, stretch: float) -> None:
+        super().__init__((), ("z",))
+        self.shift, self.stretch = shift, stretch
+
+    def model(self, x=None, size=None):
+        with pyro.plate("data", self.batch_size(x, size)):
+            z = pyro.sample("z", dist.Gamma(2.0, 1.0))
+            return pyro.sample("x", dist.Poisson(z), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", self.batch_size(x)):
+            loc, scale = torch.digamma(x + 2) - math.log(2), torch.polygamma(1, x + 2).sqrt()
+            return pyro.sample("z", dist.LogNormal(loc + self.shift, scale * self.stretch))
+
+    def log_evidence(self, x):
+        """x is negative binomial, 2 successes of probability 1/2."""
+        return torch.as_tensor(scipy.stats.nbinom(2, 0.5).logpmf(x.numpy()))
+
+    def best_divergence(self, datum: float) -> float:
+        """min over m, s of KL(LogNormal(m, s) || Gamma(a, 2)), a = datum + 2, in closed form."""
+        a = datum + 2
+
+        def divergence(law: np.ndarray) -> float:
+            m, s = law[0], math.exp(law[1])
+            entropy = m + 0.5 * math.log(2 * math.pi * math.e * s**2)
+            expected = a * math.log(2) - scipy.special.gammaln(a) + (a - 1) * m - 2 * math.exp(m + s**2 / 2)
+            return -entropy - expected
+
+        return float(scipy.optimize.minimize(divergence, np.array([math.log(a / 2), -0.5])).fun)
 
 
 SLACK = 2e-3  # nats: what 300 steps leave of a gap
@@ -111,10 +147,51 @@ class TestInferenceGap:
 
     def test_a_search_cut_short_says_so(self):
         refinement = refine_guide(
-            Amortised(LinearGaussian.random(3, 2), 8.0, 1.0), torch.zeros(2, 3), steps=40, learning_rate=0.02
+            Amortised(LinearGaussian.random(3, 2), 8.0, 1.0),
+            torch.zeros(2, 3),
+            steps=20,
+            learning_rate=0.02,
+            max_steps=79,
         )
+        assert refinement.steps == 40  # another doubling would go beyond the maximum
         assert not refinement.converged
-        assert "NOT converged" in refinement.words()
+        assert "NOT converged for 2 of 2 data, raise max_steps" in refinement.words()
+
+    def test_where_the_guide_starts_does_not_matter(self):
+        """A law of another family, so that a gap stays; the best LogNormal's is known in closed form."""
+        x, gaps = torch.tensor([0.0, 1.0, 4.0, 9.0]), []
+        for shift, stretch in ((0.0, 1.0), (1.5, 0.6)):
+            pair = GammaPoisson(shift, stretch)
+            gaps.append(inference_gap(pair, x, pair.log_evidence(x), num_particles=4000))
+            assert gaps[-1].refinement.converged
+            best = np.array([pair.best_divergence(float(datum)) for datum in x])
+            assert off_by(gaps[-1].approximation_gap, best, gaps[-1].approximation_gap_error, SLACK) < Z_MAX
+        one, other = (gap.approximation_gap for gap in gaps)
+        assert off_by(one, other.numpy(), torch.hypot(*(g.approximation_gap_error for g in gaps)), SLACK) < Z_MAX
+        assert bool((gaps[1].amortisation_gap > 0.5).all())  # the second start is a bad one
+
+    def test_too_few_steps_from_a_bad_start_are_owned_up_to(self):
+        pair, x = GammaPoisson(1.5, 0.6), torch.tensor([0.0, 1.0, 4.0, 9.0])
+        gap = inference_gap(pair, x, pair.log_evidence(x), num_particles=4000, steps=8, max_steps=16)
+        assert not gap.refinement.converged
+        assert "NOT converged for " in gap.table()
+        assert "the split is a bound only" in gap.table()
+        assert off_by(gap.approximation_gap, 0 * x.numpy(), gap.approximation_gap_error, 0.1) > Z_MAX
+
+    @pytest.mark.parametrize(
+        ("gain", "error", "words"),
+        [
+            ([0.0, 0.009], [0.0, 0.0], ": converged"),
+            ([0.0, 0.02], [0.0, 0.0], "datum 1 the most, by +0.0200 ± 0.0000 nats: NOT converged for 1 of 2 data"),
+            ([0.0, 0.02] + 98 * [0.0], 100 * [0.001], "NOT converged for 1 of 100 data"),  # a small mean hides nothing
+            ([480.7, 0.0], [477.5, 0.0], "for 1 of 2 data, raise max_steps (1 of them not known"),
+            ([0.0, math.nan], [0.0, math.nan], "datum 1 the most, by +nan ± nan nats: NOT converged for 1 of 2 data"),
+        ],
+    )
+    def test_every_datum_is_judged(self, gain, error, words):
+        found = Refinement(lambda x: x, {}, 20, 4, torch.tensor(gain), torch.tensor(error))
+        assert words in found.words()
+        assert found.converged == words.endswith(": converged")
 
     @pytest.mark.parametrize(
         ("law", "match"),
@@ -133,6 +210,7 @@ class TestInferenceGap:
         [
             ({"steps": 7}, "steps >= 8"),
             ({"learning_rate": 0.0}, "learning_rate > 0"),
+            ({"steps": 10, "max_steps": 19}, r"max_steps >= 2 \* steps = 20, got 19"),
             ({"num_particles": 1}, "num_particles >= 2"),
             ({"log_evidence": torch.zeros(3)}, r"log_evidence of shape \[B\] = \[2\], got \[3\]"),
         ],
