@@ -39,6 +39,18 @@ def test_evidence_draws_until_the_error_is_met_and_says_the_cost(capsys, points)
     assert "evaluations" in out
 
 
+def test_evidence_of_one_particle_has_no_error_to_write(capsys, points):
+    out = succeed(capsys, "evidence", points, "--particles", 1, "--num-data", 3, "--force")
+    assert "of the draws, at these data" in out
+    record = json.loads((points / "evidence.json").read_text())
+    assert record["std_error"] is None
+    assert record["largest_std_error"] is None
+    assert record["log_evidence"] == record["elbo"]
+    out = succeed(capsys, "evidence", points, "--particles", 2, "--num-data", 3)
+    assert "left as it is; --force replaces it" in out
+    assert json.loads((points / "evidence.json").read_text()) == record
+
+
 def test_evidence_with_gaps(capsys, points, monkeypatch):
     from inference.bounds import gaps
 
@@ -66,6 +78,8 @@ def test_calibrate(capsys, points, tmp_path):
     picture = tmp_path / "ranks.png"
     out = succeed(capsys, "calibrate", points, "--simulations", 100, "--figure", picture)
     assert "z" in out
+    lines = [line for line in out.splitlines() if line.strip() and not line.startswith("wrote")]
+    assert len(lines) == len(set(lines)), "the verdict is said once"
     assert picture.stat().st_size > 1000
 
 

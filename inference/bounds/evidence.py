@@ -118,7 +118,7 @@ class Evidence:
         order = flat[1].argsort(descending=True, stable=True)[:ROWS] if count > ROWS else torch.arange(count)
         mean = [_number(self.log_evidence.mean()), f"{self.mean_std_error:.4f}", _number(self.elbo.mean())]
         median = [f"{float(self.ess.median()):.1f}", f"{float(self.k_hat.median()):.2f}"]
-        rows = [["mean", *mean, *median, "ess, k-hat: median"]]
+        rows = [["mean", *mean, *median, "SE: of the draws, at these data; ess, k-hat: median"]]
         for i in order.tolist() if self.plates else []:
             log_evidence, std_error, elbo, ess, k_hat = (float(t[i]) for t in flat)
             index = ", ".join(str(int(j)) for j in torch.unravel_index(torch.tensor(i), self.log_evidence.shape))

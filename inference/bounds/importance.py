@@ -8,12 +8,14 @@ One log p_hat for each element of the plates that *all* sites share: p(x, z) fac
 elements has weights of its own. A latent outside the data plate (a global one) ties the data together; the result is then
 one number, the evidence of the whole data set, and a single global draw weighs all data at once.
 
-Particles are drawn chunk by chunk and reduced at once (:class:`~inference.bounds.weights.WeightSums`), so memory does not
-grow with K. The draws follow torch's random stream, and another chunk size is another stream; what is computed from given
-draws does not depend on the chunks. Weights are summed in float64 whatever the programs' dtype.
+The guide is drawn in blocks whose size the programs alone determine; the model is evaluated on a chunk of a block at a
+time, and the weights are reduced at once (:class:`~inference.bounds.weights.WeightSums`), so memory does not grow with K and
+the result does not depend on the chunk size. Weights are summed in float64 whatever the programs' dtype. A value outside
+its law's support, latent or observed, has density zero (:mod:`inference.bounds.support`).
 
 The one constraint: the programs must define p(x, z) and q(z | x) of *these* data, the same at every run. Subsampling
-plates, scaled sites, and data that change from run to run are refused, for their weights do not estimate p(x).
+plates, scaled sites, data that change from run to run, point masses in the guide and auxiliary draws that hide q(z | x)
+are refused, for their weights do not estimate p(x).
 """
 
 from __future__ import annotations
@@ -24,17 +26,21 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
+from torch.distributions import biject_to
 
 from inference.bounds.closed_forms import law_name
 from inference.bounds.evidence import Evidence
 from inference.bounds.moments import Moments
 from inference.bounds.pareto import pareto_k_hat, tail_size
-from inference.bounds.particles import Particles, Plan, Program, make_plan
-from inference.bounds.sites import Site, is_deterministic
+from inference.bounds.particles import Particles, Plan, Program, collect, forked_rng, located_draw, make_plan
+from inference.bounds.sites import PARTICLES, Site, is_deterministic
 from inference.bounds.support import ZeroOutsideSupport
 from inference.bounds.weights import WeightSums
 from inference.progress import Progress
+
+PUT_TOGETHER = 32  # particles, where few are drawn at a time, before they are reduced
 
 
 class EvidenceError(ValueError):
@@ -59,14 +65,16 @@ def log_evidence(
 
     Args:
         model: Pyro program p(x, z), normalised or not (``pyro.factor`` counts).
-        guide: Pyro program q(z | x) over the model's latent sites; auxiliary sites count in q.
+        guide: Pyro program q(z | x) over the model's latent sites. Auxiliary sites are for autoguides, which map them one
+            to one onto the latents; others leave q(z | x) unknown.
         args: passed to both programs.
         num_particles: K, draws per datum; with ``target_std_error`` those of the first round.
         target_std_error: draw until every datum's standard error is at most this many nats, doubling K each round;
             what was not met is among the result's ``warnings``. Stopping by an estimated error makes it somewhat too
             small: start from a hundred draws at least.
         max_particles: where doubling stops.
-        chunk_size: particles at a time when vectorised; None keeps memory bounded.
+        chunk_size: particles at a time in the model when vectorised, to save memory; the result does not depend on it.
+            None takes the whole block in which the guide is drawn, some 2 million site elements; more is not taken.
         vectorize: None draws many particles at once where replaying them singly shows that the programs allow it; True
             demands it; False forbids it.
         kwargs: passed to both programs.
@@ -75,8 +83,9 @@ def log_evidence(
         :class:`Evidence`, nats ``[B]``.
 
     Raises:
-        EvidenceError: K < 1; a target that is not positive; data that are in no plate; subsampling, scaled sites or
-            changing data; a datum whose weights are all zero, infinite or not a number.
+        EvidenceError: K < 1 or no whole number; a target that is not positive; no data, or data that are in no plate;
+            subsampling, scaled sites or changing data; a point mass or auxiliary draws in the guide; a datum whose
+            weights are all zero, infinite or not a number.
         PairError: the programs' sites do not match; the message names the site.
         NotANumberError: a log-density is NaN; the message names site and index.
 
@@ -92,9 +101,11 @@ def log_evidence(
     """
     _check_request(num_particles, target_std_error, max_particles, chunk_size)
     with torch.no_grad():
-        plan = make_plan(ZeroOutsideSupport()(model), guide, args, kwargs, vectorize)
+        plan = _make_plan(ZeroOutsideSupport()(model), guide, args, kwargs, vectorize)
         _check_plan(plan)
-        size = chunk_size or plan.default_chunk()
+        _check_guide(plan)
+        block = plan.default_chunk()
+        size = min(chunk_size or block, block)
         ceiling = num_particles if target_std_error is None else max(num_particles, max_particles)
         weights = _Weights(plan, keep=tail_size(ceiling) + 1)
         goal, rounds = num_particles, 1
@@ -116,34 +127,70 @@ class _Weights:
 
     def draw(self, goal: int, chunk_size: int) -> None:
         """Draws until there are ``goal`` particles."""
-        missing = goal - self.sums.count
+        missing, plan = goal - self.sums.count, self.plan
+        block = plan.default_chunk() if plan.vectorized else 1
+        drawn: list[Tensor] = []
         with Progress("weighing particles", missing, unit="particles") as progress, pyro.validation_enabled(False):
             # The first particle has been validated: what is left to see in the others shows in their log-densities.
-            for particles in self.plan.chunks(missing, chunk_size):
-                self.add(particles)
-                progress.advance(particles.count)
-                del particles  # or two chunks would be held while the next is drawn
+            for start in range(0, missing, block):
+                count = min(block, missing - start)
+                drawn.append(self.block(count, chunk_size) if plan.vectorized else self.single())
+                if len(drawn) * block >= PUT_TOGETHER or start + count == missing:
+                    self.add(torch.cat(drawn))
+                    drawn.clear()
+                progress.advance(count)
 
-    def add(self, particles: Particles) -> None:
-        """Takes a chunk of particles in."""
+    def single(self) -> Tensor:
+        """log w ``[1, *shape]`` of a fresh particle, drawn without a plate."""
+        (particle,) = self.plan.chunks(1)
+        return self.log_joint(particle) - self.log_guide(particle)
+
+    def block(self, count: int, chunk_size: int) -> Tensor:
+        """log w ``[count, *shape]`` of fresh particles: the guide drawn at once, the model in chunks."""
+        plan, dim = self.plan, -self.plan.nesting - 1
+        drawn = located_draw(_empty_program, plan.guide, plan.args, plan.kwargs, count, dim)
+        log_joints = []
+        for start in range(0, count, chunk_size):
+            size = min(chunk_size, count - start)
+            part = _part_of_draws(drawn, start, size, plan.nesting)
+            with pyro.plate(PARTICLES, size, dim=dim):
+                trace = poutine.trace(poutine.replay(plan.model, trace=part)).get_trace(*plan.args, **plan.kwargs)
+            log_joints.append(self.log_joint(collect(trace, poutine.Trace(), size, dim)))
+            del trace  # or two chunks would be held while the next is evaluated
+        return torch.cat(log_joints) - self.log_guide(drawn)
+
+    def log_joint(self, particles: Particles) -> Tensor:
+        """log p(x, z_k), ``[count, *shape]``; notes the sites that give no density."""
         _check_same_data(self.plan.prototype, particles)
-        log_weights = torch.zeros((particles.count, *self.plan.shape), dtype=torch.float64)
-        zero: list[tuple[str, Tensor]] = []
-        for name, sign, site in _factors(particles):
-            term = self.plan.reduce(site["log_prob"], particles)
-            log_weights = log_weights.to(term.device) + sign * term
-            zero.append((name, term))
-        top = log_weights.amax(0)
-        if not bool((top < math.inf).all()):  # plus infinity or NaN
+        terms = {name: self.plan.reduce(site["log_prob"], particles) for name, site in _model_factors(particles)}
+        total = self.sum(terms, particles.count)
+        if bool((total == -math.inf).any()):
+            for name, term in terms.items():
+                seen = (term == -math.inf).any(0)
+                self.zero_at[name] = self.zero_at[name] | seen if name in self.zero_at else seen
+        return total
+
+    def log_guide(self, particles: Particles) -> Tensor:
+        """log q(z_k | x), ``[count, *shape]``."""
+        factors = _guide_factors(particles, self.plan.prototype.model)
+        terms = {name: self.plan.reduce(site["log_prob"], particles) for name, site in factors}
+        return self.sum(terms, particles.count)
+
+    def sum(self, terms: dict[str, Tensor], count: int) -> Tensor:
+        """The sum of factors by site; of none, zero."""
+        total = torch.zeros((count, *self.plan.shape), dtype=torch.float64)
+        for term in terms.values():
+            total = total.to(term.device) + term
+        return total
+
+    def add(self, log_weights: Tensor) -> None:
+        """Takes log-weights ``[n, *shape]`` in."""
+        if not bool((log_weights.amax(0) < math.inf).all()):  # plus infinity or NaN
             index = (~(log_weights < math.inf)).nonzero()[0]
             raise EvidenceError(
                 f"expected finite importance weights, got log w = {float(log_weights[tuple(index)])}{_of_datum(index[1:])}: "
                 "a density is infinite or the guide's is zero at its own draw; look for scales near zero"
             )
-        if bool(log_weights.amin() == -math.inf):
-            for name, term in zero:
-                seen = (term == -math.inf).any(0)
-                self.zero_at[name] = self.zero_at[name] | seen if name in self.zero_at else seen
         self.sums.add(log_weights)
         self.log_weights.add(log_weights)
 
@@ -154,7 +201,7 @@ class _Weights:
     def result(self, note: str, target_std_error: float | None) -> Evidence:
         """The sums as :class:`Evidence`."""
         self._refuse_missed_posterior()
-        sites = [site for _, _, site in _factors(self.plan.prototype)]
+        sites = _factors(self.plan.prototype).values()
         rounding = max(torch.finfo(site["log_prob"].dtype).eps for site in sites)
         k_hat = pareto_k_hat(self.sums.largest, self.sums.count, resolution=rounding**0.5)
         return Evidence(
@@ -176,36 +223,78 @@ class _Weights:
         if not bool(missed.any()):
             return
         index = missed.nonzero()[0]
-        sites = [repr(name) for name, seen in self.zero_at.items() if bool(seen[tuple(index)])]
+        names = [name for name, seen in self.zero_at.items() if bool(seen[tuple(index)])]
+        sites = [repr(name) for name in names]
+        observed = any(
+            self.plan.prototype.model[name]["is_observed"] for name in names if name in self.plan.prototype.model
+        )
+        remedy = "look whether the data lie in their law's support, or " if observed else ""
         raise EvidenceError(
             f"expected a guide that covers the posterior, but all {self.sums.count} importance weights{_of_datum(index)} "
             f"are zero ({int(missed.sum())} of {missed.numel()} data so): the model has no density at the guide's draws, "
-            f"seen at site {' and '.join(sites)}; give the guide the model's support, or widen it"
+            f"seen at site {' and '.join(sites)}; {remedy}give the guide the model's support, or widen it"
         )
 
 
-def _factors(particles: Particles) -> Iterator[tuple[str, int, Site]]:
-    """The factors of the weight: name, +1 for p and -1 for q, site."""
+def _model_factors(particles: Particles) -> Iterator[tuple[str, Site]]:
+    """The factors of p(x, z)."""
     for name, site in particles.model.items():
         if not is_deterministic(site):
-            yield name, 1, site
+            yield name, site
+
+
+def _guide_factors(particles: Particles, model: dict[str, Site]) -> Iterator[tuple[str, Site]]:
+    """The factors of q(z | x), given the sites of the model."""
     for name, site in particles.guide.items():
-        in_model = particles.model.get(name)
-        if not is_deterministic(site) and (in_model is None or not in_model["is_observed"]):
-            yield name, -1, site
+        if not is_deterministic(site) and not (name in model and model[name]["is_observed"]):
+            yield name, site
+
+
+def _factors(particles: Particles) -> dict[str, Site]:
+    """The factors of the weight under names that tell p from q."""
+    guide = {f"{name} of the guide": site for name, site in _guide_factors(particles, particles.model)}
+    return {**dict(_model_factors(particles)), **guide}
+
+
+def _empty_program(*args: Any, **kwargs: Any) -> None:
+    """A model without sites, to draw from a guide alone."""
+
+
+def _part_of_draws(drawn: Particles, start: int, size: int, nesting: int) -> poutine.Trace:
+    """Some particles' values of a guide's draws, as a trace to replay a model on."""
+    trace = poutine.Trace()
+    for name, site in drawn.guide.items():
+        value = site["value"]
+        position = value.dim() - site["fn"].event_dim - nesting - 1
+        if position >= 0 and value.shape[position] == drawn.count:
+            value = value.narrow(position, start, size)
+        trace.add_node(name, **{**site, "value": value})
+    return trace
+
+
+def _make_plan(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], vectorize: bool | None
+) -> Plan:
+    try:
+        return make_plan(model, guide, args, kwargs, vectorize)
+    except ZeroDivisionError as error:
+        if str(error) != "size cannot be zero":  # Pyro's words for a plate of no elements
+            raise
+        raise EvidenceError("expected data, got a plate of size zero: pass at least one datum") from error
 
 
 def _check_request(num_particles: int, target: float | None, max_particles: int, chunk_size: int | None) -> None:
     for name, value in (("num_particles", num_particles), ("max_particles", max_particles), ("chunk_size", chunk_size)):
-        if value is not None and value < 1:
-            raise EvidenceError(f"expected {name} >= 1, got {value}: ask for at least one draw")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise EvidenceError(f"expected {name} >= 1, got {value!r}: ask for a whole number of draws")
     if target is not None and not 0 < target < math.inf:
         raise EvidenceError(f"expected a positive target_std_error in nats, got {target}: 0.1 is usual")
 
 
 def _check_plan(plan: Plan) -> None:
     """Refuses programs whose weights would not estimate p(x), and data that are in no plate."""
-    for name, _, site in _factors(plan.prototype):
+    factors = _factors(plan.prototype)
+    for name, site in factors.items():
         frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
         for frame in site["cond_indep_stack"]:
             if frame.full_size is not None and frame.full_size != frame.size:
@@ -226,6 +315,71 @@ def _check_plan(plan: Plan) -> None:
                     f"expected every batch dimension in a plate, got dim {dim} of size {shape[dim]} at site {name!r} in "
                     "none: put the site into pyro.plate('data', B) if these are data, or declare it with .to_event()"
                 )
+    if not any(site["cond_indep_stack"] for site in factors.values()):
+        for name, site in plan.prototype.model.items():
+            if _holds_data(site) and site["fn"].event_shape.numel():
+                raise EvidenceError(
+                    f"expected the data in a plate, got site {name!r} and no plate anywhere, so that data cannot be told "
+                    "apart: put the sites into pyro.plate('data', B), of size one for a single datum"
+                )
+
+
+def _check_guide(plan: Plan) -> None:
+    """Refuses guides whose density at the latents is not the product of their sites' densities.
+
+    A point mass (Delta) has none. Auxiliary draws a integrate to q(z | x) = int q(a) q(z | a, x) da, unless they determine
+    the latents and these them, as in autoguides: then the latents are Deltas that carry log |da/dz|. Taken for that: as
+    many auxiliary numbers as unconstrained ones in Deltas, each of which moves some Delta, and each Delta moved by some.
+    """
+    model, guide = plan.prototype.model, plan.prototype.guide
+    masses = [n for n, s in guide.items() if n in model and _is_delta(s) and not _is_delta(model[n])]
+    auxiliary = [n for n, s in guide.items() if n not in model and not s["is_observed"] and not _is_delta(s)]
+    if not masses and not auxiliary:
+        return
+    moved, moving, sizes = _moves(plan, masses, auxiliary)
+    for name in masses:
+        if name not in moved:
+            raise EvidenceError(
+                f"expected a guide with a density at site {name!r}, got a point mass (Delta) where the model has none: its "
+                "weights do not estimate p(x); draw the site from a law with a density (AutoNormal for AutoDelta)"
+            )
+    for name in auxiliary:
+        if name not in moving or sizes != sum(guide[n]["value"].numel() for n in auxiliary):
+            raise EvidenceError(
+                f"expected auxiliary guide sites that determine the latents one to one, as in autoguides, got a random "
+                f"one, {name!r}: it leaves q(z | x) an unknown integral; make it a latent of the model, or integrate it out"
+            )
+
+
+def _moves(plan: Plan, masses: list[str], auxiliary: list[str]) -> tuple[set[str], set[str], int]:
+    """Deltas that some auxiliary number moves, auxiliary sites all of whose numbers move a Delta, and the Deltas' size."""
+    trace, inputs = poutine.Trace(), {}
+    for name, site in plan.prototype.guide.items():
+        value = site["value"]
+        if name in auxiliary and value.is_floating_point():
+            value = inputs[name] = value.detach().requires_grad_()
+        if name not in masses:
+            trace.add_node(name, **{**site, "value": value})
+    with torch.enable_grad(), forked_rng(), pyro.validation_enabled(False):
+        sites = poutine.trace(poutine.replay(plan.guide, trace=trace)).get_trace(*plan.args, **plan.kwargs).nodes
+        free = {n: biject_to(plan.prototype.model[n]["fn"].support).inv(sites[n]["value"]) for n in masses}
+        reach = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in inputs.items()}
+        moved = set()
+        for name, value in free.items():
+            if not inputs or not value.requires_grad:
+                continue
+            direction = torch.linspace(1.0, 2.0, value.numel(), dtype=value.dtype, device=value.device)
+            total = (value * direction.reshape(value.shape)).sum()
+            grads = torch.autograd.grad(total, list(inputs.values()), allow_unused=True, retain_graph=True)
+            for source, grad in zip(inputs, grads, strict=True):
+                if grad is not None and bool((grad != 0).any()):
+                    moved.add(name)
+                    reach[source] |= grad != 0
+    return moved, {n for n, r in reach.items() if bool(r.all())}, sum(value.numel() for value in free.values())
+
+
+def _is_delta(site: Site) -> bool:
+    return law_name(site["fn"]) == "Delta"
 
 
 def _check_same_data(prototype: Particles, particles: Particles) -> None:
@@ -241,7 +395,7 @@ def _check_same_data(prototype: Particles, particles: Particles) -> None:
 
 def _holds_data(site: Site) -> bool:
     """Whether a site of the model observes data; a point mass (deterministic or reparameterised sites) only names a value."""
-    return site["is_observed"] and not is_deterministic(site) and law_name(site["fn"]) != "Delta"
+    return site["is_observed"] and not is_deterministic(site) and not _is_delta(site)
 
 
 def _of_datum(index: Tensor) -> str:

@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from inference.bounds.hmc import State
-from inference.bounds.particles import Particles, Plan, collect, located_draw
+from inference.bounds.particles import Particles, Plan, Program, collect, located_draw
 from inference.bounds.sites import PARTICLES, PairError, Site, is_deterministic, sample_sites
+from inference.bounds.support import ZeroOutsideSupport, opts_out
 
 Start = Literal["guide", "prior"]
 
@@ -59,6 +60,8 @@ class LatentDensity:
         _check(plan, start)
         self.plan = plan
         self.start = start
+        observed = {name: site for name, site in plan.prototype.model.items() if site["is_observed"]}
+        self.unchecked = {name for name, site in observed.items() if opts_out(site["fn"])}
         shared = [plan.nesting + dim for _, dim, _ in plan.shared]
         self.layouts = {name: _Layout.of(site, plan.nesting, shared) for name, site in _latents(plan).items()}
         self.evaluations = 0
@@ -101,13 +104,18 @@ class LatentDensity:
         plan = self.plan
         dim = None if count is None else -plan.nesting - 1
         if self.start == "guide":
-            return located_draw(plan.model, plan.guide, plan.args, plan.kwargs, count or 1, dim)
+            return located_draw(self._within_support(plan.model), plan.guide, plan.args, plan.kwargs, count or 1, dim)
+        model = self._within_support(plan.model)
         if dim is None:
-            trace = poutine.trace(plan.model).get_trace(*plan.args, **plan.kwargs)
+            trace = poutine.trace(model).get_trace(*plan.args, **plan.kwargs)
         else:
             with pyro.plate(PARTICLES, count, dim=dim):
-                trace = poutine.trace(plan.model).get_trace(*plan.args, **plan.kwargs)
+                trace = poutine.trace(model).get_trace(*plan.args, **plan.kwargs)
         return collect(trace, poutine.Trace(), count or 1, dim)
+
+    def _within_support(self, program: Program) -> Program:
+        """A program whose sites have density zero outside their support, where HMC then rejects."""
+        return ZeroOutsideSupport(self.unchecked)(program)
 
     def _encode(self, particles: Particles, count: int) -> Tensor:
         rows = []
@@ -130,13 +138,13 @@ class LatentDensity:
             name: layout.unflatten(rows, plan.vectorized)
             for (name, layout), rows in zip(self.layouts.items(), u.split(widths, -1), strict=True)
         }
-        latents = _FromUnconstrained(blocks)
+        latents, program = _FromUnconstrained(blocks), self._within_support(plan.model)
         if plan.vectorized:
             with latents, pyro.plate(PARTICLES, count, dim=-plan.nesting - 1):
-                model = poutine.trace(plan.model).get_trace(*plan.args, **plan.kwargs)
+                model = poutine.trace(program).get_trace(*plan.args, **plan.kwargs)
         else:
             with latents:
-                model = poutine.trace(plan.model).get_trace(*plan.args, **plan.kwargs)
+                model = poutine.trace(program).get_trace(*plan.args, **plan.kwargs)
         jacobian = sum((self._by_datum(j, count) for j in latents.log_jacobians.values()), torch.zeros(()))
         model.compute_log_prob()
         terms = {name: site for name, site in sample_sites(model).items() if not is_deterministic(site)}
@@ -144,7 +152,8 @@ class LatentDensity:
         if self.start == "prior":
             log_start = sum((log for name, log in by_site.items() if name in self.layouts), torch.zeros(()))
         else:
-            guide = poutine.trace(poutine.replay(plan.guide, trace=model)).get_trace(*plan.args, **plan.kwargs)
+            replayed = poutine.replay(self._within_support(plan.guide), trace=model)
+            guide = poutine.trace(replayed).get_trace(*plan.args, **plan.kwargs)
             guide.compute_log_prob()
             logs = [self._by_datum(guide.nodes[name]["log_prob"], count) for name in self.layouts]
             log_start = torch.stack(logs).sum(0)

@@ -21,11 +21,14 @@ import math
 import torch
 from torch import Tensor
 
-INFINITY = float("inf")
+CANDIDATES_AT_ONCE = 2**17  # log-weights merged at a time: 1 MiB
 
 
 class WeightSums:
     """Reduces log-weights ``[n, *shape]``, chunk after chunk, in memory that does not grow with their number.
+
+    What remains beside a few numbers per datum is the buffer of the largest: 9/8 ``keep`` of them per datum in float64. For
+    k-hat ``keep`` is 3 sqrt(K) + 1, hence 27 sqrt(K) bytes per datum: 27 MB for 10 000 data and K = 10 000.
 
     Args:
         keep: how many of the largest log-weights of each datum are kept for :attr:`largest`.
@@ -45,7 +48,9 @@ class WeightSums:
         self._top = torch.zeros(())
         self._mean = torch.zeros(())
         self._squares = torch.zeros(())
-        self._kept: list[Tensor] = []
+        self._shape = torch.Size()
+        self._buffer = torch.zeros(0, 0)  # [data, keep and some room], of which the first ``_filled`` are in use
+        self._filled = 0
 
     def add(self, log_weights: Tensor) -> None:
         """Takes log-weights ``[n, *shape]`` in; float64 inside. Minus infinity is a weight of zero."""
@@ -76,9 +81,9 @@ class WeightSums:
     def std_error(self) -> Tensor:
         """se(log p_hat), ``[*shape]`` nats; infinite for a single draw, and where every weight is zero."""
         if self.count < 2:
-            return torch.full_like(self._mean, INFINITY)
+            return torch.full_like(self._mean, math.inf)
         error = (self._squares / (self.count * (self.count - 1))).sqrt() / self._mean
-        return torch.where(self._mean > 0, error, torch.full_like(error, INFINITY))
+        return torch.where(self._mean > 0, error, torch.full_like(error, math.inf))
 
     @property
     def ess(self) -> Tensor:
@@ -93,18 +98,30 @@ class WeightSums:
     @property
     def largest(self) -> Tensor:
         """The ``min(keep, count)`` largest log-weights of each datum, in descending order, ``[*shape, M]``."""
-        self._merge()
-        return self._kept[0]
+        self._merge(self._buffer.new_empty(0, len(self._buffer)))
+        return self._buffer[:, : self._filled].reshape(*self._shape, self._filled)
 
     def _keep_largest(self, chunk: Tensor) -> None:
-        if self.keep:
-            self._kept.append(chunk.movedim(0, -1))
-            if sum(part.shape[-1] for part in self._kept[1:]) >= self.keep:  # seldom, for it sorts what is kept
-                self._merge()
+        if not self.keep:
+            return
+        new = chunk.reshape(len(chunk), -1)
+        if self._filled == 0:
+            self._shape = chunk.shape[1:]
+            self._buffer = new.new_empty(new.shape[1], self.keep + max(16, self.keep // 8))
+        if self._filled + len(new) > self._buffer.shape[1]:  # not at every draw, for it sorts what is kept
+            self._merge(new)
+        else:
+            self._buffer[:, self._filled : self._filled + len(new)] = new.T
+            self._filled += len(new)
 
-    def _merge(self) -> None:
-        candidates = torch.cat(self._kept, -1)
-        self._kept = [candidates.topk(min(self.keep, candidates.shape[-1]), -1).values]
+    def _merge(self, new: Tensor) -> None:
+        """Sorts new log-weights ``[n, data]`` in, some data at a time."""
+        size = self._filled + len(new)
+        left = min(self.keep, size)
+        rows = max(1, CANDIDATES_AT_ONCE // max(1, size))
+        for buffer, chunk in zip(self._buffer.split(rows), new.split(rows, 1), strict=True):
+            buffer[:, :left] = torch.cat([buffer[:, : self._filled], chunk.T], 1).topk(left).values
+        self._filled = left
 
 
 def _reference(top: Tensor) -> Tensor:

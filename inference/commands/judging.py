@@ -5,6 +5,7 @@ Each opens the RUN, calls the library and prints. Draws depend on ``--seed`` alo
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,7 +88,7 @@ def calibrate(
     opened = load_run(run)
     with seeded(seed):
         calibration = simulation_based_calibration(opened.pair, num_simulations=simulations)
-    print(f"{calibration.table()}\n{calibration.words()}")
+    print(calibration.table())
     if figure is not None:
         from inference.views.calibration import draw_calibration, rank_plot
         from inference.views.figures import save_figure
@@ -99,6 +100,8 @@ def calibrate(
 def evidence_record(estimate: Evidence) -> dict[str, Any]:
     """An evidence estimate as plain data: means over data, in nats unless the name says otherwise.
 
+    A number that is not finite (the standard error of one particle) is None, for JSON has none.
+
     Example:
         >>> import torch
         >>> from inference.bounds.importance import log_evidence
@@ -108,13 +111,16 @@ def evidence_record(estimate: Evidence) -> dict[str, Any]:
         >>> record["num_particles"], record["num_bad_k_hat"]
         (100, 0)
     """
-    return {
+    means = {
         "log_evidence": float(estimate.log_evidence.mean()),
         "std_error": estimate.mean_std_error,
         "largest_std_error": float(estimate.std_error.max()),
         "bits_per_dim": float(estimate.bits_per_dim.mean()),
         "elbo": float(estimate.elbo.mean()),
         "median_ess": float(estimate.ess.median()),
+    }
+    return {
+        **{name: value if math.isfinite(value) else None for name, value in means.items()},
         "num_bad_k_hat": estimate.num_bad_k_hat,
         "num_particles": estimate.num_particles,
         "note": estimate.note,

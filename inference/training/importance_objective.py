@@ -54,7 +54,7 @@ class ImportanceWeightedLoss(ElboLoss):
             variance. With K = 1 the latter is the path derivative of Roeder et al. 2017 (arXiv:1703.09194).
 
     Raises:
-        ValueError: ``k`` below one, or an unknown gradient.
+        ValueError: ``k`` below one or no whole number, or an unknown gradient.
         NotReparameterizedError: at the first call, for a latent whose guide law has no ``rsample``.
         PairError: at the first call, for sites that do not match, or one outside the data plate; or, with
             ``"doubly_reparameterized"``, for a guide that gives another law at a second run.
@@ -70,8 +70,8 @@ class ImportanceWeightedLoss(ElboLoss):
     """
 
     def __init__(self, pair: ModelGuidePair, k: int, gradient: Gradient = "iwae") -> None:
-        if k < 1:
-            raise ValueError(f"expected k >= 1, got {k}: ask for at least one draw")
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"expected k >= 1, got {k!r}: ask for a whole number of draws")
         if gradient not in get_args(Gradient):
             raise ValueError(f"expected a gradient among {', '.join(get_args(Gradient))}, got {gradient!r}")
         super().__init__(pair, num_particles=k, closed_form=False)

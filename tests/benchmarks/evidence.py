@@ -10,9 +10,9 @@ A Bernoulli VAE 784-200-200-50 on binary 28x28 images, the same weights for all:
 
 Each measurement is a process of its own, after a warm-up; contenders take turns, and ratios are formed within a round, so
 that what else the machine does cancels. Memory is the peak during the computation less what the process held before it.
-Images are drawn at random with MNIST's share of ink, for neither time nor memory depends on them.
+Without --mnist, images are drawn at random with MNIST's share of ink, for neither time nor memory depends on them.
 
-    python -m tests.benchmarks.evidence [--data 16] [--particles 5000] [--rounds 5] [--threads 0]
+    python -m tests.benchmarks.evidence [--data 16] [--particles 5000] [--rounds 5] [--threads 0] [--mnist FOLDER]
 
 Not a test: nothing here passes or fails.
 """
@@ -45,11 +45,17 @@ INK = 0.13
 ROWS = 2**21 // 892  # decoder rows at once, about log_evidence's own chunk
 
 
-def vae_and_data(num_data: int) -> tuple[VAE, Tensor]:
-    """The same for each process."""
+def vae_and_data(num_data: int, mnist: str | None) -> tuple[VAE, Tensor]:
+    """The same for each process; MNIST's first test images, made binary once, or random pixels."""
     torch.manual_seed(0)
     vae = VAE.preset((28, 28), Bernoulli(), latent_dim=50, hidden=(200, 200)).eval()
-    return vae, (torch.rand(num_data, 28, 28) < INK).float()
+    if mnist is None:
+        return vae, (torch.rand(num_data, 28, 28) < INK).float()
+    from inference.training.datasets import load_data
+
+    images = load_data(f"mnist:{mnist}", scaling="unit", binarization="fixed").test
+    assert isinstance(images, Tensor)  # as all data in memory are
+    return vae, images[:num_data].reshape(-1, 28, 28).float()
 
 
 def log_evidence_of_pair(vae: VAE, x: Tensor, k: int) -> float:
@@ -137,9 +143,9 @@ CONTENDERS: dict[str, Callable[[VAE, Tensor, int], float]] = {
 }
 
 
-def measure(name: str, num_data: int, particles: int) -> dict[str, float]:
+def measure(name: str, num_data: int, particles: int, mnist: str | None = None) -> dict[str, float]:
     """Seconds, MiB and the value of one contender, in this process."""
-    vae, x = vae_and_data(num_data)
+    vae, x = vae_and_data(num_data, mnist)
     contender = CONTENDERS[name]
     contender(vae, x[:1], 200)  # imports and warm-up
     before = _forget_peak()
@@ -167,6 +173,7 @@ def in_a_process_of_its_own(name: str, options: argparse.Namespace) -> dict[str,
     """:func:`measure` in a new interpreter."""
     command = [sys.executable, "-m", "tests.benchmarks.evidence", "--measure", name, "--threads", str(options.threads)]
     command += ["--data", str(options.data), "--particles", str(options.particles)]
+    command += ["--mnist", options.mnist] if options.mnist else []
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -178,12 +185,13 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="torch's threads; 0 leaves its default")
+    parser.add_argument("--mnist", metavar="FOLDER", help="use MNIST's test images, which lie there, for random ones")
     parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.measure:
-        print(json.dumps(measure(options.measure, options.data, options.particles)))
+        print(json.dumps(measure(options.measure, options.data, options.particles, options.mnist)))
         return
     names = list(CONTENDERS)
     if importlib.util.find_spec("pythae") is None:
@@ -199,9 +207,9 @@ def main() -> None:
         speed = statistics.median(o["seconds"] / r["seconds"] for o, r in zip(ours, found[name], strict=True))
         memory = statistics.median(r["mebibytes"] for r in found[name])
         value = statistics.median(abs(r["value"]) for r in found[name])
-        print(
-            f"  {name:14s} data per second x {speed:5.3f}   added memory {memory:6.1f} MiB   |log p| {value:.2f} nats"
-        )
+        rate = options.data / statistics.median(r["seconds"] for r in found[name])
+        cost = f"{rate:8.2f} data per second, x {speed:5.3f}   added memory {memory:6.1f} MiB"
+        print(f"  {name:14s} {cost}   |log p| {value:.2f} nats")
 
 
 if __name__ == "__main__":

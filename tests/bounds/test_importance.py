@@ -14,10 +14,14 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
-from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.infer.reparam import LocScaleReparam
 
+from inference.bounds import particles, support
+from inference.bounds.annealing import Path
 from inference.bounds.importance import EvidenceError, log_evidence
+from inference.bounds.latent_density import LatentDensity
+from inference.bounds.particles import make_plan
 from inference.bounds.sites import NotANumberError, PairError
 from ppl_models import LinearGaussian
 from tests.cases import CASES
@@ -187,6 +191,173 @@ def test_draws_outside_the_models_support_weigh_nothing():
     assert (e.elbo == -math.inf).all(), "one draw without density is enough"
 
 
+def pareto_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Uniform(0.1, 2.0))
+        pyro.sample("x", dist.Pareto(z, 3.0), obs=x)
+
+
+def pareto_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Uniform(0.1, 2.0))
+
+
+def shifted_model(x, event_dim=0):
+    """x = z + Exponential(1), alone or as the two numbers of an event."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        z = z.unsqueeze(-1) if event_dim else z
+        shift = dist.transforms.AffineTransform(z, 1.0)
+        law = dist.TransformedDistribution(dist.Exponential(torch.ones_like(z)), shift)
+        pyro.sample("x", law.expand((*law.batch_shape[:-1], 2)).to_event(1) if event_dim else law, obs=x)
+
+
+def shifted_guide(x, event_dim=0):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+SHIFTED = scipy.stats.norm()
+IMPOSSIBLE = {  # programs, arguments, and p(x_i, .) by quadrature, cut where x_i becomes impossible
+    "pareto": (
+        (pareto_model, pareto_guide, torch.tensor([0.5, 1.2, 3.0])),
+        lambda v: expectation(lambda z: scipy.stats.pareto(3.0, scale=z).pdf(v), scipy.stats.uniform(0.1, 1.9), [v]),
+    ),
+    "shifted": (
+        (shifted_model, shifted_guide, torch.tensor([-0.5, 0.4, 2.0])),
+        lambda v: expectation(lambda z: math.exp(z - v) if z < v else 0.0, SHIFTED, [v]),
+    ),
+    "shifted event": (
+        (shifted_model, shifted_guide, torch.tensor([[-0.5, 0.4], [2.0, 1.0]]), 1),
+        lambda v: expectation(lambda z: math.exp(2 * z - sum(v)) if z < min(v) else 0.0, SHIFTED, [min(v)]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_latents_under_which_the_data_are_impossible_weigh_nothing(name, seed):
+    """Whatever the first draw was: without the check the laws' formulas would give numbers there."""
+    programs, density = IMPOSSIBLE[name]
+    pyro.set_rng_seed(seed)
+    e = log_evidence(*programs, num_particles=4000)
+    exact = np.log([density(v) for v in programs[2].tolist()])
+    assert (np.abs(e.log_evidence.numpy() - exact) < max_z(6) * e.std_error.numpy()).all()
+
+
+def test_the_formula_outside_the_support_would_be_seen(monkeypatch):
+    """The twin: laws left to themselves, without validation, are over a nat off."""
+    monkeypatch.setattr(support, "on_support", lambda law: law)
+    programs, density = IMPOSSIBLE["shifted"]
+    with pyro.validation_enabled(False):
+        e = log_evidence(*programs, num_particles=4000)
+    exact = np.log([density(v) for v in programs[2].tolist()])
+    assert np.abs(e.log_evidence.numpy() - exact).max() > 1.0
+
+
+def test_annealing_sees_the_same_borders():
+    programs, density = IMPOSSIBLE["shifted"]
+    model, guide, x = programs
+    x = x[1:] + 3.0  # where the first draw, which is not yet checked here, is possible
+    plan = make_plan(model, guide, (x,), {})
+    state = LatentDensity(plan, "guide")(torch.tensor([[[3.0], [9.0]]]))
+    exact = scipy.stats.norm.logpdf(3.0) + 3.0 - float(x[0])
+    assert math.isclose(float(state.log_joint[0, 0]), exact, rel_tol=1e-12)
+    assert state.log_joint[0, 1] == -math.inf
+    lower = Path.prepare(plan, num_chains=400, num_temperatures=10, num_leapfrog=4).lower_bound()
+    exact = np.log([density(v) for v in x.tolist()])
+    assert (np.abs(lower.log_lower.numpy() - exact) < max_z(2) * lower.std_error.numpy() + 1e-9).all()
+
+
+def test_grey_values_under_a_law_that_is_not_to_check_them():
+    """``validate_args=False`` keeps the formula; the same law with its checks has no density for them."""
+
+    def model(x, checked):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z, validate_args=checked), obs=x)
+
+    def guide(x, checked):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    x = torch.tensor([0.3, 0.9])
+    assert torch.isfinite(log_evidence(model, guide, x, False, num_particles=100).log_evidence).all()
+    with pytest.raises(EvidenceError, match="site 'x'; look whether the data lie in their law's support"):
+        log_evidence(model, guide, x, None, num_particles=100)
+
+
+def test_masked_values_may_lie_outside():
+    """-1 stands for a missing count; its term is masked, and the other's evidence stays."""
+
+    def model(x, seen):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Exponential(z).mask(seen), obs=x)
+
+    def guide(x, seen):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Gamma(2.0, 1.0))
+
+    e = log_evidence(model, guide, torch.tensor([1.0, -1.0]), torch.tensor([True, False]), num_particles=2000)
+    exact = math.log(expectation(lambda z: z * math.exp(-z), scipy.stats.gamma(2.0)))
+    assert abs(float(e.log_evidence[0]) - exact) < max_z(1) * float(e.std_error[0])
+    assert e.log_evidence[1] == 0
+
+
+def test_the_result_does_not_depend_on_the_chunk_size(monkeypatch):
+    """Two latents, blocks of 75 draws; chunks below, at and above the block, and a block's odd rest."""
+    monkeypatch.setattr(particles, "ELEMENTS_AT_ONCE", 75 * 40)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z_2 = pyro.sample("z_2", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            z_1 = pyro.sample("z_1", dist.Normal(z_2.sum(-1), 1.0))
+            pyro.sample("x", dist.Normal(z_1, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z_1 = pyro.sample("z_1", dist.Normal(x / 2, 1.0))
+            pyro.sample("z_2", dist.Normal(z_1[..., None] / 3 * torch.ones(2), 1.0).to_event(1))
+
+    found = []
+    for chunk_size in (None, 1, 7, 74, 1000):
+        pyro.set_rng_seed(4)
+        found.append(log_evidence(model, guide, torch.linspace(-1.0, 1.0, 4), num_particles=500, chunk_size=chunk_size))
+    for name in ("log_evidence", "std_error", "ess", "k_hat", "elbo"):
+        for other in found[1:]:
+            assert torch.allclose(getattr(other, name), getattr(found[0], name), rtol=1e-12, atol=1e-12), name
+    assert "7 at a time" in found[2].note
+    pyro.set_rng_seed(5)
+    other = log_evidence(model, guide, torch.linspace(-1.0, 1.0, 4), num_particles=500)
+    assert not torch.allclose(other.log_evidence, found[0].log_evidence, rtol=1e-6), "the twin: another seed"
+
+
+@pytest.mark.parametrize("autoguide", [AutoNormal, AutoMultivariateNormal])
+def test_autoguides_auxiliary_sites_are_one_to_one_with_latents(autoguide):
+    data = torch.tensor([1.0, -0.5, 0.3])
+
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("x", dist.Normal(z.log(), 1.0), obs=data)
+
+    guide = autoguide(model, init_scale=0.9)
+    guide()
+    e = log_evidence(model, guide, num_particles=4000)
+    exact = scipy.stats.norm(0.0, math.sqrt(2.0)).logpdf(data.numpy())
+    total, error = e.log_evidence.sum(), e.std_error.square().sum().sqrt()
+    assert abs(float(total) - exact.sum()) < max_z(1) * float(error)
+
+
+def test_the_autoguide_without_a_density_is_refused():
+    guide = AutoDelta(normal_model)
+    guide(X)
+    with pytest.raises(EvidenceError, match=r"density at site 'z', got a point mass .*AutoNormal for AutoDelta"):
+        log_evidence(normal_model, guide, X)
+
+
 def test_latents_between_the_site_and_the_data_plate_and_auxiliary_guide_sites():
     pyro.set_rng_seed(1)
     data = torch.tensor([1.0, -0.5, 0.3])
@@ -208,13 +379,15 @@ def test_latents_between_the_site_and_the_data_plate_and_auxiliary_guide_sites()
 
 def test_one_particle_at_a_time_where_programs_do_not_vectorise():
     def model(x):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(0.0, 1.0) if bool(z > 0) else dist.Normal(3.0, 1.0), obs=x)
+        with pyro.plate("data", 1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0) if bool(z > 0) else dist.Normal(3.0, 1.0), obs=x)
 
     def guide(x):
-        pyro.sample("z", dist.Normal(0.2, 1.2))
+        with pyro.plate("data", 1):
+            pyro.sample("z", dist.Normal(0.2, 1.2))
 
-    e = log_evidence(model, guide, torch.tensor(1.0), num_particles=1500)
+    e = log_evidence(model, guide, torch.tensor([1.0]), num_particles=1500)
     exact = math.log(0.5 * scipy.stats.norm.pdf(1.0) + 0.5 * scipy.stats.norm.pdf(2.0))
     assert "one at a time" in e.note
     assert abs(float(e.log_evidence) - exact) < max_z(1) * float(e.std_error)
@@ -303,15 +476,17 @@ def test_an_error_that_is_not_met_is_said():
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_particles():
+@pytest.mark.parametrize("num_data", [50, 2000])
+def test_memory_does_not_grow_with_the_number_of_particles(num_data):
     """Peak resident memory of K = 1e2 and 1e4 within 10 %, each in a process of its own."""
     code = """
 import resource, sys, torch
 from inference import log_evidence
 from ppl_models import VAE
 from ppl_models.likelihoods import Bernoulli
-vae = VAE.preset((28, 28), Bernoulli(), latent_dim=20, hidden=(64,))
-x = vae.model(size=50).detach()
+side = 28 if int(sys.argv[2]) == 50 else 4
+vae = VAE.preset((side, side), Bernoulli(), latent_dim=2 if side == 4 else 20, hidden=(8 if side == 4 else 64,))
+x = vae.model(size=int(sys.argv[2])).detach()
 log_evidence(vae.model, vae.guide, x, num_particles=int(sys.argv[1]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -319,7 +494,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     for count in ("100", "10000"):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", code, count], capture_output=True, text=True, check=True, env=environment
+            [sys.executable, "-c", code, count, str(num_data)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
         )
         peaks.append(int(done.stdout))
     assert peaks[1] <= 1.1 * peaks[0]
@@ -398,6 +577,33 @@ def infinite_model(x):
         pyro.factor("x", torch.where(torch.arange(len(x)) == 2, math.inf, 0.0) + 0.0 * z)
 
 
+def plain_model(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+
+def plain_guide(x):
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def point_mass(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Delta(x / 2))
+
+
+def hiding_guide(x):
+    """q(z | x) is a mixture, of which only one component at a time would be weighed."""
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(a, 1.0))
+
+
+def two_to_one(x):
+    with pyro.plate("data", len(x)):
+        a, b = (pyro.sample(n, dist.Normal(0.0, 1.0), infer={"is_auxiliary": True}) for n in "ab")
+        pyro.sample("z", dist.Delta(a + b))
+
+
 X = torch.tensor([0.1, 0.2, 0.3, 0.4])
 NAN = torch.tensor([0.1, 0.2, math.nan, 0.4])
 GOOD = normal_guide(0.0, 1.0)
@@ -407,6 +613,22 @@ GOOD = normal_guide(0.0, 1.0)
     ("model", "guide", "x", "options", "error", "match"),
     [
         (normal_model, GOOD, X, {"num_particles": 0}, EvidenceError, r"expected num_particles >= 1, got 0"),
+        (
+            normal_model,
+            GOOD,
+            X,
+            {"num_particles": 1.5},
+            EvidenceError,
+            r"num_particles >= 1, got 1\.5: .* whole number",
+        ),
+        (normal_model, GOOD, X, {"num_particles": "5"}, EvidenceError, r"num_particles >= 1, got '5': .* whole number"),
+        (normal_model, GOOD, X, {"chunk_size": 1.5}, EvidenceError, r"chunk_size >= 1, got 1\.5: .* whole number"),
+        (normal_model, GOOD, X[:0], {}, EvidenceError, r"expected data, got a plate of size zero"),
+        (plain_model, plain_guide, X, {}, EvidenceError, r"data in a plate, got site 'x' .* pyro\.plate\('data', B\)"),
+        (normal_model, point_mass, X, {}, EvidenceError, r"density at site 'z', got a point mass \(Delta\)"),
+        (normal_model, hiding_guide, X, {}, EvidenceError, r"one to one, as in autoguides, got a random one, 'a'"),
+        (normal_model, two_to_one, X, {}, EvidenceError, r"one to one, as in autoguides, got a random one, '[ab]'"),
+        (pareto_model, pareto_guide, X - 9.0, {}, EvidenceError, r"all 200 .* site 'x'; look whether the data lie in"),
         (normal_model, GOOD, X, {"chunk_size": 0}, EvidenceError, r"expected chunk_size >= 1, got 0"),
         (normal_model, GOOD, X, {"max_particles": -1}, EvidenceError, r"expected max_particles >= 1, got -1"),
         (
