@@ -28,6 +28,7 @@ from inference.bounds.importance import EvidenceError
 from inference.bounds.latent_density import LatentDensity, Start
 from inference.bounds.particles import Plan, Program, forked_rng, make_plan
 from inference.bounds.sites import PairError
+from inference.bounds.support import ZeroOutsideSupport
 from inference.bounds.weights import WeightSums
 from inference.progress import Progress
 
@@ -129,7 +130,7 @@ def annealed_evidence(
         True
     """
     with torch.no_grad(), seeded(seed):
-        plan = make_plan(model, guide, args, kwargs)
+        plan = make_plan(ZeroOutsideSupport()(model), guide, args, kwargs)
         path = Path.prepare(plan, num_chains, num_temperatures, num_leapfrog, schedule, start, jitter)
         return path.lower_bound()
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from inference.bounds.annealing import AnnealedEvidence, Path, seeded
 from inference.bounds.particles import make_plan
+from inference.bounds.support import ZeroOutsideSupport
 from ppl_models.pair import ModelGuidePair
 
 
@@ -88,7 +89,7 @@ def bidirectional_evidence(
     with torch.no_grad(), seeded(seed):
         trace = poutine.trace(pair.model).get_trace(size=num_data)
         x = trace.nodes["_RETURN"]["value"]
-        plan = make_plan(pair.model, pair.guide, (x,), {})
+        plan = make_plan(ZeroOutsideSupport()(pair.model), pair.guide, (x,), {})
         path = Path.prepare(plan, **annealing)
         lower = path.lower_bound()
         exact = path.density.encode({name: trace.nodes[name]["value"] for name in path.density.layouts})

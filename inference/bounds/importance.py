@@ -21,30 +21,35 @@ are refused, for their weights do not estimate p(x).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
-from inference.bounds.closed_forms import law_name
 from inference.bounds.evidence import Evidence
+from inference.bounds.importance_checks import (
+    EvidenceError,
+    check_guide,
+    check_plan,
+    check_request,
+    check_same_data,
+    guide_factors,
+    holds_data,
+    model_factors,
+    plan_with_data,
+    weight_factors,
+)
 from inference.bounds.moments import Moments
 from inference.bounds.pareto import pareto_k_hat, tail_size
-from inference.bounds.particles import Particles, Plan, Program, collect, forked_rng, located_draw, make_plan
-from inference.bounds.sites import PARTICLES, Site, is_deterministic
+from inference.bounds.particles import Particles, Plan, Program, collect, located_draw
+from inference.bounds.sites import PARTICLES
 from inference.bounds.support import ZeroOutsideSupport
 from inference.bounds.weights import WeightSums
 from inference.progress import Progress
 
 PUT_TOGETHER = 32  # particles, where few are drawn at a time, before they are reduced
-
-
-class EvidenceError(ValueError):
-    """An evidence that is not defined or cannot be estimated; the message names the site or datum, and the remedy."""
 
 
 def log_evidence(
@@ -99,11 +104,11 @@ def log_evidence(
         >>> bool(((e.log_evidence - pair.log_evidence(x)).abs() < 6 * e.std_error).all())
         True
     """
-    _check_request(num_particles, target_std_error, max_particles, chunk_size)
+    check_request(num_particles, target_std_error, max_particles, chunk_size)
     with torch.no_grad():
-        plan = _make_plan(ZeroOutsideSupport()(model), guide, args, kwargs, vectorize)
-        _check_plan(plan)
-        _check_guide(plan)
+        plan = plan_with_data(ZeroOutsideSupport()(model), guide, args, kwargs, vectorize)
+        check_plan(plan)
+        check_guide(plan)
         block = plan.default_chunk()
         size = min(chunk_size or block, block)
         ceiling = num_particles if target_std_error is None else max(num_particles, max_particles)
@@ -114,6 +119,9 @@ def log_evidence(
             goal, rounds = min(2 * goal, ceiling), rounds + 1
             weights.draw(goal, size)
         return weights.result(_cost(plan, goal, rounds, size), target_std_error)
+
+
+__all__ = ["EvidenceError", "log_evidence"]
 
 
 class _Weights:
@@ -161,8 +169,8 @@ class _Weights:
 
     def log_joint(self, particles: Particles) -> Tensor:
         """log p(x, z_k), ``[count, *shape]``; notes the sites that give no density."""
-        _check_same_data(self.plan.prototype, particles)
-        terms = {name: self.plan.reduce(site["log_prob"], particles) for name, site in _model_factors(particles)}
+        check_same_data(self.plan.prototype, particles)
+        terms = {name: self.plan.reduce(site["log_prob"], particles) for name, site in model_factors(particles)}
         total = self.sum(terms, particles.count)
         if bool((total == -math.inf).any()):
             for name, term in terms.items():
@@ -172,7 +180,7 @@ class _Weights:
 
     def log_guide(self, particles: Particles) -> Tensor:
         """log q(z_k | x), ``[count, *shape]``."""
-        factors = _guide_factors(particles, self.plan.prototype.model)
+        factors = guide_factors(particles, self.plan.prototype.model)
         terms = {name: self.plan.reduce(site["log_prob"], particles) for name, site in factors}
         return self.sum(terms, particles.count)
 
@@ -201,7 +209,7 @@ class _Weights:
     def result(self, note: str, target_std_error: float | None) -> Evidence:
         """The sums as :class:`Evidence`."""
         self._refuse_missed_posterior()
-        sites = _factors(self.plan.prototype).values()
+        sites = weight_factors(self.plan.prototype).values()
         rounding = max(torch.finfo(site["log_prob"].dtype).eps for site in sites)
         k_hat = pareto_k_hat(self.sums.largest, self.sums.count, resolution=rounding**0.5)
         return Evidence(
@@ -236,26 +244,6 @@ class _Weights:
         )
 
 
-def _model_factors(particles: Particles) -> Iterator[tuple[str, Site]]:
-    """The factors of p(x, z)."""
-    for name, site in particles.model.items():
-        if not is_deterministic(site):
-            yield name, site
-
-
-def _guide_factors(particles: Particles, model: dict[str, Site]) -> Iterator[tuple[str, Site]]:
-    """The factors of q(z | x), given the sites of the model."""
-    for name, site in particles.guide.items():
-        if not is_deterministic(site) and not (name in model and model[name]["is_observed"]):
-            yield name, site
-
-
-def _factors(particles: Particles) -> dict[str, Site]:
-    """The factors of the weight under names that tell p from q."""
-    guide = {f"{name} of the guide": site for name, site in _guide_factors(particles, particles.model)}
-    return {**dict(_model_factors(particles)), **guide}
-
-
 def _empty_program(*args: Any, **kwargs: Any) -> None:
     """A model without sites, to draw from a guide alone."""
 
@@ -272,132 +260,6 @@ def _part_of_draws(drawn: Particles, start: int, size: int, nesting: int) -> pou
     return trace
 
 
-def _make_plan(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], vectorize: bool | None
-) -> Plan:
-    try:
-        return make_plan(model, guide, args, kwargs, vectorize)
-    except ZeroDivisionError as error:
-        if str(error) != "size cannot be zero":  # Pyro's words for a plate of no elements
-            raise
-        raise EvidenceError("expected data, got a plate of size zero: pass at least one datum") from error
-
-
-def _check_request(num_particles: int, target: float | None, max_particles: int, chunk_size: int | None) -> None:
-    for name, value in (("num_particles", num_particles), ("max_particles", max_particles), ("chunk_size", chunk_size)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise EvidenceError(f"expected {name} >= 1, got {value!r}: ask for a whole number of draws")
-    if target is not None and not 0 < target < math.inf:
-        raise EvidenceError(f"expected a positive target_std_error in nats, got {target}: 0.1 is usual")
-
-
-def _check_plan(plan: Plan) -> None:
-    """Refuses programs whose weights would not estimate p(x), and data that are in no plate."""
-    factors = _factors(plan.prototype)
-    for name, site in factors.items():
-        frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
-        for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
-                raise EvidenceError(
-                    f"expected plates without subsampling, got {frame.size} of {frame.full_size} elements in plate "
-                    f"{frame.name!r}: a random part of the data has no evidence; pass all data, in batches"
-                )
-        if bool(torch.as_tensor(site["scale"] != 1).any()):
-            raise EvidenceError(
-                f"expected sites without a scale, got one at site {name!r}: powers of densities are no densities, so their "
-                "weights do not estimate p(x); remove poutine.scale"
-            )
-        declared = {frame.dim for frame in frames}
-        shape = site["log_prob"].shape
-        for dim in range(-len(shape), 0):
-            if shape[dim] > 1 and dim not in declared:
-                raise EvidenceError(
-                    f"expected every batch dimension in a plate, got dim {dim} of size {shape[dim]} at site {name!r} in "
-                    "none: put the site into pyro.plate('data', B) if these are data, or declare it with .to_event()"
-                )
-    if not any(site["cond_indep_stack"] for site in factors.values()):
-        for name, site in plan.prototype.model.items():
-            if _holds_data(site) and site["fn"].event_shape.numel():
-                raise EvidenceError(
-                    f"expected the data in a plate, got site {name!r} and no plate anywhere, so that data cannot be told "
-                    "apart: put the sites into pyro.plate('data', B), of size one for a single datum"
-                )
-
-
-def _check_guide(plan: Plan) -> None:
-    """Refuses guides whose density at the latents is not the product of their sites' densities.
-
-    A point mass (Delta) has none. Auxiliary draws a integrate to q(z | x) = int q(a) q(z | a, x) da, unless they determine
-    the latents and these them, as in autoguides: then the latents are Deltas that carry log |da/dz|. Taken for that: as
-    many auxiliary numbers as unconstrained ones in Deltas, each of which moves some Delta, and each Delta moved by some.
-    """
-    model, guide = plan.prototype.model, plan.prototype.guide
-    masses = [n for n, s in guide.items() if n in model and _is_delta(s) and not _is_delta(model[n])]
-    auxiliary = [n for n, s in guide.items() if n not in model and not s["is_observed"] and not _is_delta(s)]
-    if not masses and not auxiliary:
-        return
-    moved, moving, sizes = _moves(plan, masses, auxiliary)
-    for name in masses:
-        if name not in moved:
-            raise EvidenceError(
-                f"expected a guide with a density at site {name!r}, got a point mass (Delta) where the model has none: its "
-                "weights do not estimate p(x); draw the site from a law with a density (AutoNormal for AutoDelta)"
-            )
-    for name in auxiliary:
-        if name not in moving or sizes != sum(guide[n]["value"].numel() for n in auxiliary):
-            raise EvidenceError(
-                f"expected auxiliary guide sites that determine the latents one to one, as in autoguides, got a random "
-                f"one, {name!r}: it leaves q(z | x) an unknown integral; make it a latent of the model, or integrate it out"
-            )
-
-
-def _moves(plan: Plan, masses: list[str], auxiliary: list[str]) -> tuple[set[str], set[str], int]:
-    """Deltas that some auxiliary number moves, auxiliary sites all of whose numbers move a Delta, and the Deltas' size."""
-    trace, inputs = poutine.Trace(), {}
-    for name, site in plan.prototype.guide.items():
-        value = site["value"]
-        if name in auxiliary and value.is_floating_point():
-            value = inputs[name] = value.detach().requires_grad_()
-        if name not in masses:
-            trace.add_node(name, **{**site, "value": value})
-    with torch.enable_grad(), forked_rng(), pyro.validation_enabled(False):
-        sites = poutine.trace(poutine.replay(plan.guide, trace=trace)).get_trace(*plan.args, **plan.kwargs).nodes
-        free = {n: biject_to(plan.prototype.model[n]["fn"].support).inv(sites[n]["value"]) for n in masses}
-        reach = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in inputs.items()}
-        moved = set()
-        for name, value in free.items():
-            if not inputs or not value.requires_grad:
-                continue
-            direction = torch.linspace(1.0, 2.0, value.numel(), dtype=value.dtype, device=value.device)
-            total = (value * direction.reshape(value.shape)).sum()
-            grads = torch.autograd.grad(total, list(inputs.values()), allow_unused=True, retain_graph=True)
-            for source, grad in zip(inputs, grads, strict=True):
-                if grad is not None and bool((grad != 0).any()):
-                    moved.add(name)
-                    reach[source] |= grad != 0
-    return moved, {n for n, r in reach.items() if bool(r.all())}, sum(value.numel() for value in free.values())
-
-
-def _is_delta(site: Site) -> bool:
-    return law_name(site["fn"]) == "Delta"
-
-
-def _check_same_data(prototype: Particles, particles: Particles) -> None:
-    for name, site in prototype.model.items():
-        if _holds_data(site) and name in particles.model:
-            first, now = site["value"], particles.model[name]["value"]
-            if first is not now and not bool(((first == now) | (first.isnan() & now.isnan())).all()):
-                raise EvidenceError(
-                    f"expected the same data at every run, but those at site {name!r} changed from one particle to the "
-                    "next: fix their order and any random preprocessing before the programs see them"
-                )
-
-
-def _holds_data(site: Site) -> bool:
-    """Whether a site of the model observes data; a point mass (deterministic or reparameterised sites) only names a value."""
-    return site["is_observed"] and not is_deterministic(site) and not _is_delta(site)
-
-
 def _of_datum(index: Tensor) -> str:
     return f" of datum {', '.join(str(int(i)) for i in index)}" if len(index) else ""
 
@@ -406,7 +268,7 @@ def _num_dims(plan: Plan) -> int:
     """Observed numbers per datum: the data sites' elements, over those of the shared plates (a factor has none)."""
     total = 0
     for site in plan.prototype.model.values():
-        if _holds_data(site):
+        if holds_data(site):
             plates = math.prod(frame.size for frame in site["cond_indep_stack"] if frame.vectorized)
             total += plates * site["fn"].event_shape.numel()
     return total // max(1, plan.shape.numel())
