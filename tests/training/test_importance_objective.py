@@ -391,3 +391,9 @@ def test_value_and_gradient_can_be_traced_to_one_flat_graph(gradient):
     traced = graph(moved, x)
     torch.manual_seed(0)
     assert all(torch.allclose(a, b) for a, b in zip(traced, step(moved, x), strict=True))
+
+
+@pytest.mark.parametrize("k", [0, 1.5, "3"])
+def test_a_k_that_is_no_whole_number_above_zero_is_refused(k):
+    with pytest.raises(ValueError, match="k"):
+        ImportanceWeightedLoss(LinearGaussian.random(3, 2), k)
