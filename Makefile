@@ -7,7 +7,7 @@ JOBS ?= 2
 # Processes share the cores, so each computes on one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: demo test test-slow check lint types doctests examples bench lock clean
+.PHONY: demo test test-slow check lint types doctests bench lock clean
 
 demo: .venv/ready
 	$(BIN)/ppl demo --out runs/demo --force
@@ -18,7 +18,11 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(PYTEST) -m "slow and not gpu" tests
 
+# The examples are among the tests.
 check: lint types test doctests
+
+bench: .venv/ready
+	$(BIN)/python -m tests.benchmarks.evidence
 
 lint: .venv/ready
 	$(BIN)/ruff check $(CODE)

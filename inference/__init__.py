@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from inference.nuts import GoldStandardError, GuideComparison, compare_guide, gold_standard
     from inference.posterior import load_posterior, save_posterior, to_datatree
     from inference.training.config import ConfigError, TrainConfig
-    from inference.training.datasets import DataError, DataSet, load_data
+    from inference.training.datasets import DataError, DataSet, as_dataset, load_data
     from inference.training.divergence import TrainingDiverged
     from inference.training.importance_objective import ImportanceWeightedLoss
     from inference.training.loop import fit
@@ -65,6 +65,7 @@ _HOMES = {
     "TrainingDiverged": "inference.training.divergence",
     "active_units": "inference.bounds.active_units",
     "annealed_evidence": "inference.bounds.annealing",
+    "as_dataset": "inference.training.datasets",
     "bidirectional_evidence": "inference.bounds.bidirectional",
     "compare_guide": "inference.nuts",
     "decompose_elbo": "inference.bounds",
@@ -115,6 +116,7 @@ __all__ = [
     "TrainingDiverged",
     "active_units",
     "annealed_evidence",
+    "as_dataset",
     "bidirectional_evidence",
     "compare_guide",
     "decompose_elbo",

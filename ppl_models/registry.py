@@ -4,7 +4,8 @@ A saved model is a description, ``{"class": "VAE", "encoder": {"class": "Gaussia
 weights. Only the classes listed here can be named in one, so reading a description never imports or runs anything that
 came with the file.
 
-A new system is one file in ``ppl_models`` and one line in :data:`SYSTEMS`.
+A new system is one file in ``ppl_models``, one line in :data:`SYSTEMS`, and one in :data:`PARTS` for each class of it that
+a saved run is to be rebuilt from.
 """
 
 from __future__ import annotations

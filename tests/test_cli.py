@@ -392,7 +392,14 @@ BAD_CALLS = {
         "likelihood: input should be 'bernoulli'.*got 'poisson'",
     ),
     "epochs 0": ([*TRAIN, "--data", "digits", "--epochs", "0"], "epochs: .*greater than or equal to 1, got 0"),
-    "odd widths": ([*TRAIN, "--data", "digits", "--hidden", "8,-1"], "hidden: expected widths >= 1 .*got 8,-1"),
+    "odd widths": (
+        [*TRAIN, "--data", "digits", "--hidden", "8,-1"],
+        "hidden: expected widths in 1..1000000 .*got 8,-1",
+    ),
+    "endless seed": ([*TRAIN, "--data", "digits", "--seed", "99999999999999999999"], "seed"),
+    "endless width": ([*TRAIN, "--data", "digits", "--latent-dim", "1000000000000"], "latent_dim"),
+    "endless threads": ([*TRAIN, "--data", "digits", "--threads", "100000"], "threads"),
+    "endless processes": ([*TRAIN, "--data", "digits", "--set", "processes=100"], "processes"),
     "unknown key": ([*TRAIN, "--data", "digits", "--set", "epoch=3"], "epoch: no such option; there are .*epochs"),
     "no key": ([*TRAIN, "--data", "digits", "--set", "epochs"], "--set: expected key=value, got 'epochs'"),
     "given twice": (
@@ -540,9 +547,9 @@ def test_damaged_runs_are_refused(capsys, trained, tmp_path):
     weights = damaged / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     refuse(capsys, "terms", damaged, match="SHA-256.*damaged")
-    (damaged / "config.yaml").write_text("pair: {class: os.system}\n")
+    (damaged / "config.yaml").write_text("format: 1\npair: {class: os.system}\n")
     refuse(capsys, "terms", damaged, match="does not describe a pair|expected a class among")
-    (damaged / "config.yaml").write_text("pair: !!python/name:os.system\n")
+    (damaged / "config.yaml").write_text("format: 1\npair: !!python/name:os.system\n")
     refuse(capsys, "terms", damaged, match="has the tag")
 
 

@@ -26,7 +26,7 @@ Spec = Annotated[
     str | None,
     typer.Option("--data", metavar="SPEC", help="other data than the run's own, under its scaling", show_default=False),
 ]
-Seed = Annotated[int, typer.Option(metavar="N", min=0, help="seed of the draws")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="seed of the draws")]
 Force = Annotated[bool, FORCE]
 
 

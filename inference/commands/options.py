@@ -38,7 +38,7 @@ class TrainOptions(TrainConfig):
     binarization: Literal["none", "dynamic", "fixed"] | None = Field(
         None, description="grey values read as probabilities of 0 or 1: drawn anew at each use, or once"
     )
-    latent_dim: int | None = Field(None, ge=1, description="width of z")
+    latent_dim: int | None = Field(None, ge=1, le=1_000_000, description="width of z")
     hidden: tuple[int, ...] = Field((200, 200), description="hidden widths of the encoder; the decoder mirrors them")
     activation: Literal["tanh", "relu", "silu", "gelu"] = Field("tanh", description="between the layers")
 
@@ -51,8 +51,8 @@ class TrainOptions(TrainConfig):
     @field_validator("hidden")
     @classmethod
     def _positive_widths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(width < 1 for width in value):
-            raise ValueError(f"hidden: expected widths >= 1 such as 256,128, got {','.join(map(str, value))}")
+        if any(not 1 <= width <= 1_000_000 for width in value):
+            raise ValueError(f"hidden: expected widths in 1..1000000 such as 256,128, got {','.join(map(str, value))}")
         return value
 
     def train_config(self) -> TrainConfig:

@@ -71,6 +71,7 @@ def train(
         typer.Option(
             metavar="N",
             min=1,
+            max=1024,
             help="of the CPU; for small networks 1 is often fastest, and by far so where the cores are shared "
             "[dim]\\[default: torch's choice][/dim]",
             rich_help_panel=TRAINING,

@@ -43,10 +43,10 @@ class TrainConfig(BaseModel):
         0.0, ge=0, lt=1, description="part of the training data put aside to validate on"
     )
     patience: int | None = Field(None, ge=1, description="epochs without a better validation ELBO before stopping")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda|mps|gpu)$")
     precision: Literal["32-true", "64-true", "bf16-mixed"] | None = Field(None, description="None: the pair's own")
-    processes: int = Field(1, ge=1, description="processes that share each batch")
+    processes: int = Field(1, ge=1, le=64, description="processes that share each batch")
     checkpoint_seconds: float = Field(60.0, ge=0, description="seconds between checkpoints, besides the last")
     tensorboard: bool = Field(False, description="also write metrics for TensorBoard (an extra)")
 

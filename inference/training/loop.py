@@ -35,6 +35,9 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     spec: str | None = None,
+    scaling: str | None = None,
+    binarization: str | None = None,
+    levels: int | None = None,
     **options: Any,
 ) -> Run:
     """Trains a pair by stochastic variational inference: maximises the mean ELBO over data.
@@ -49,6 +52,10 @@ def fit(
         resume: go on with the run in ``out``, under its own configuration.
         progress: show epochs on stderr.
         spec: what ``data`` was read from, so that the run can read it again; known when ``data`` is a name.
+        scaling: of a tensor, an array or a Dataset: "none" (as they are), "unit", "symmetric" or "classes"; integers are
+            classes by themselves where the pair's likelihood is over classes.
+        binarization: of data in [0, 1]: "none", "dynamic" or "fixed".
+        levels: number of levels of integer data.
         options: fields of :class:`TrainConfig`.
 
     Returns:
@@ -77,7 +84,10 @@ def fit(
     spec = data if isinstance(data, str) else spec
     folder = None if out is None else Path(out)
     _check_config(config, folder, resume)
-    dataset = as_dataset(data)
+    likelihood = getattr(pair, "likelihood", None)
+    if scaling is None and _is_integer(data) and getattr(likelihood, "scaling", None) == "classes":
+        scaling, levels = "classes", levels or likelihood.num_classes  # type: ignore[union-attr]
+    dataset = as_dataset(data, scaling=scaling, binarization=binarization, levels=levels)
     dtype = _DTYPES.get(config.precision or "", _dtype_of(pair))
     inputs = prepare_inputs(pair, dataset, config, dtype)
     stated = {
@@ -101,6 +111,13 @@ def fit(
         rows = launch(job)
         save_model(folder, pair, {"epoch": len(rows), "averaged": config.ema is not None})
         return Run(pair.eval(), stated, rows, folder)
+
+
+def _is_integer(data: Any) -> bool:
+    """Whether data are a tensor or an array of integers."""
+    if isinstance(data, torch.Tensor):
+        return not data.is_floating_point()
+    return getattr(getattr(data, "dtype", None), "kind", "") in ("u", "i")
 
 
 def _is_finished(folder: Path, stated: dict[str, Any], resume: bool) -> bool:

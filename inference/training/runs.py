@@ -43,7 +43,8 @@ class Run:
     """A trained pair with its configuration and metrics.
 
     ``metrics`` is one dict an epoch: ``epoch``, ``step``, ``learning_rate``, ``rate_weight``, ``train_*`` and
-    ``validation_*`` with ``elbo``, ``rate``, ``distortion`` (nats per datum) and ``bits_per_dim``, and ``active_units``.
+    ``validation_*`` with ``elbo``, ``rate``, ``distortion`` (nats per datum), ``bits_per_dim``, ``rate_bits_per_dim`` and
+    ``distortion_bits_per_dim``, and ``active_units``.
     ``learning_rate`` and ``rate_weight`` are those of the epoch's last step. ``config`` has the keys ``pair``, ``dtype``,
     ``data``, ``train`` and ``validation``.
     """
@@ -85,6 +86,11 @@ def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:
             f"expected a RUN folder with a config.yaml, got {folder}: train one with ppl train ... --out {folder}"
         )
     config = read_yaml(folder / "config.yaml")
+    if config.get("format") != FORMAT:
+        raise RunError(
+            f"{folder}/config.yaml: expected format {FORMAT}, got {config.get('format')!r}: read it with the version of "
+            "ppl-models that wrote it"
+        )
     description = config.get("pair")
     if pair is None:
         if description is None:
@@ -101,6 +107,11 @@ def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:
         raise CheckpointError(
             f"{folder}/model: the weights do not fit the pair: {str(error).splitlines()[-1].strip()}"
         ) from None
+    if read_json(folder / "model" / "config.json").get("pair") != description:
+        raise RunError(
+            f"{folder}: config.yaml and model/config.json describe different pairs, so one of them was changed after "
+            "training: restore it from a copy"
+        )
     pair.eval()
     return Run(pair, config, read_metrics(folder / "metrics.csv"), folder)
 

@@ -60,7 +60,15 @@ def to_tensor(x: object, name: str = "train") -> Tensor:
         )
     if floating:
         default = torch.empty(0).numpy().dtype
-        return torch.from_numpy(np.array(x, dtype=default))
+        with np.errstate(over="ignore"):
+            converted = np.array(x, dtype=default)
+        lost = np.isfinite(x) & ~np.isfinite(converted)
+        if lost.any():
+            index = [int(i) for i in np.argwhere(lost)[0]]
+            raise DataError(
+                f"{name}: expected values that fit into {default}, got {x[tuple(index)]:g} at {index}; rescale the data"
+            )
+        return torch.from_numpy(converted)
     return torch.from_numpy(np.array(x, dtype=np.uint8 if x.dtype == np.uint8 else np.int64))
 
 

@@ -26,6 +26,8 @@ from inference.training import densities
 from inference.training.images import ImageFiles, image_paths
 from inference.training.scaling import DataError, to_tensor
 
+MAX_LEVELS = 65_536  # of 16-bit images
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -161,6 +163,8 @@ def read_npz(path: Path) -> Source:
         if arrays["levels"].size != 1 or arrays["levels"].dtype.kind not in "ui":
             raise DataError(f"{path}: levels: expected one integer, got shape {list(arrays['levels'].shape)}")
         levels = int(arrays["levels"].item())
+        if not 2 <= levels <= MAX_LEVELS:
+            raise DataError(f"{path}: levels: expected 2..{MAX_LEVELS}, got {levels}; correct the file")
     elif not train.is_floating_point():
         levels = 256 if any(bool((x > 1).any()) for x in (train, test) if x is not None) else 2
     split = "as in the file"

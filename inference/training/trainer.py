@@ -199,8 +199,12 @@ class Trainer:
             "train_elbo": -(rate + distortion),
             "train_rate": rate,
             "train_distortion": distortion,
-            "train_bits_per_dim": bits_per_dim(-(rate + distortion), self.pair.data_shape),
+            "train_bits_per_dim": self._bits(rate + distortion),
+            "train_rate_bits_per_dim": self._bits(rate),
+            "train_distortion_bits_per_dim": self._bits(distortion),
             **{f"validation_{name}": value for name, value in vars(valid).items() if name in VALIDATION_COLUMNS},
+            "validation_rate_bits_per_dim": self._bits(valid.rate),
+            "validation_distortion_bits_per_dim": self._bits(valid.distortion),
             "active_units": float(valid.active_units),
         }
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, torch.zeros_like(self.sums)
@@ -210,6 +214,9 @@ class Trainer:
         self.records.add(row, timing)
         if in_any_process(self._save_is_due())[0]:
             self.save()
+
+    def _bits(self, nats: float) -> float:
+        return bits_per_dim(-nats, self.pair.data_shape)
 
     def evaluate(self) -> Evaluation:
         """The plain bound on the validation data, on the same draws each epoch.

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from inference import ConfigError, ElboLoss, fit
+from inference import ConfigError, DataError, ElboLoss, fit
 from inference.training.config import TrainConfig
 from inference.training.datasets import as_dataset
 from inference.training.evaluation import evaluate
 from inference.training.optimizers import Optimization, learning_rate_factor
 from ppl_models import VAE
-from ppl_models.likelihoods import Normal
+from ppl_models.likelihoods import Categorical, Normal
 from tests.oracles import gaussian
 from tests.training.training_pairs import PointMass, grey_points, linear_vae, noisy_vae, points
 
@@ -301,3 +301,14 @@ def test_the_callers_state_is_left_alone(writes: bool, tmp_path: Path) -> None:
             after = state()
         assert {name for name in before if before[name] != after[name]} == set()
     assert not pair.training
+
+
+def test_classes_and_whole_numbers_can_be_stated():
+    """Integers are classes where the likelihood is over classes; whole reals are taken when said to be as they are."""
+    classes = torch.randint(0, 2, (20, 4))
+    fit(VAE.preset((4,), Categorical(2), latent_dim=1, hidden=(4,)), classes, epochs=1, progress=False)
+    reals = torch.full((20, 4), 2.0)
+    normal = VAE.preset((4,), Normal(), latent_dim=1, hidden=(4,))
+    fit(normal, reals, epochs=1, progress=False, scaling="none")
+    with pytest.raises(DataError, match="scaling"):
+        fit(normal, reals, epochs=1, progress=False)

@@ -19,7 +19,7 @@ from inference.training.metrics import append_metrics, read_metrics, write_metri
 from inference.training.runs import Run
 from inference.training.storage import RunLock, RunLocked, StorageError
 from inference.training.texts import ContentError
-from ppl_models import VAE
+from ppl_models import VAE, LinearGaussian
 from ppl_models.likelihoods import Bernoulli, Normal
 from tests.training.saved_states import same
 from tests.training.training_pairs import PointMass, linear_vae, points
@@ -305,3 +305,20 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
 def test_metrics_that_cannot_be_written_are_loud(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"cannot write .*metrics.csv: No such file or directory; make room"):
         append_metrics(tmp_path / "absent" / "metrics.csv", {"epoch": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda text: text.replace("format: 1", "format: 99"), "expected format 1, got 99"),
+        (lambda text: text.replace("guide: exact", "guide: mean_field"), "describe different pairs"),
+    ],
+)
+def test_an_edited_description_is_refused(edit, match, tmp_path):
+    pair = LinearGaussian.random(3, 2)
+    fit(pair, pair.model(size=8).detach(), tmp_path / "run", epochs=1, progress=False)
+    config = tmp_path / "run" / "config.yaml"
+    assert edit(config.read_text()) != config.read_text()
+    config.write_text(edit(config.read_text()))
+    with pytest.raises(RunError, match=match):
+        load_run(tmp_path / "run")
