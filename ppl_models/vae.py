@@ -125,7 +125,7 @@ class VAE(ModelGuidePair):
     def _check_encoder(self) -> None:
         reference = self.prior_loc
         x = self.likelihood.example(self.data_shape, reference.dtype, reference.device)
-        output = _evaluate(self.encoder, x)
+        output = _evaluate("encoder", self.encoder, x)
         if not (isinstance(output, tuple) and len(output) == 2):
             raise TypeError(
                 f"expected the encoder to return a pair (loc, scale), got {type(output).__name__}: "
@@ -144,16 +144,21 @@ class VAE(ModelGuidePair):
 def _probe(decoder: nn.Module, latent_dim: int) -> Any:
     """The decoder's output for one latent, which tells the shape of a datum."""
     reference = next(decoder.parameters(), torch.empty(0))
-    return _evaluate(decoder, torch.zeros(1, latent_dim, dtype=reference.dtype, device=reference.device))
+    return _evaluate("decoder", decoder, torch.zeros(1, latent_dim, dtype=reference.dtype, device=reference.device))
 
 
-def _evaluate(module: nn.Module, argument: Tensor) -> Any:
+def _evaluate(name: str, module: nn.Module, argument: Tensor) -> Any:
     """One pass in evaluation mode (no dropout, no running statistics), restoring each submodule's mode."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
             return module(argument)
+    except RuntimeError as error:
+        raise ValueError(
+            f"expected the {name} to take one row of shape {list(argument.shape)}, but it fails "
+            f"({' '.join(str(error).split())[:120]}): match its first layer"
+        ) from error
     finally:
         for m, training in modes:
             m.training = training

@@ -112,6 +112,13 @@ def test_bad_decoders_and_widths_are_refused_at_construction():
         VAE(encoder, Decoder(2, (3, 5), (4,)), 2, Categorical(num_classes=4))
 
 
+def test_wrong_input_widths_are_refused_at_construction():
+    with pytest.raises(ValueError, match=r"encoder to take one row of shape \[1, 3\]"):
+        VAE(GaussianEncoder((5,), 2, (4,)), Decoder(2, (3,), (4,)), 2, Normal())
+    with pytest.raises(ValueError, match=r"decoder to take one row of shape \[1, 2\]"):
+        VAE(GaussianEncoder((3,), 2, (4,)), Decoder(4, (3,), (4,)), 2, Normal())
+
+
 def test_data_outside_the_likelihood_are_refused():
     vae = VAE.preset((3,), Bernoulli(), latent_dim=2, hidden=(4,))
     with pytest.raises(ValueError, match="train"):
