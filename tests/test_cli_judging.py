@@ -102,5 +102,5 @@ def test_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
 
 
 def test_figures_depend_on_the_seed_alone(capsys, points):
-    arguments = ("evidence", points, "--particles", 20, "--num-data", 3, "--seed", 1)
+    arguments = ("evidence", points, "--particles", 20, "--num-data", 3, "--seed", 1, "--force")
     assert call(capsys, *arguments)[1] == call(capsys, *arguments)[1]
