@@ -1,4 +1,4 @@
-r"""The one distribution that Pyro lacks: a Normal seen through a quantiser.
+r"""What Pyro lacks: a Normal seen through a quantiser; and a Bernoulli of logits whose density is two passes over memory.
 
 A pixel takes one of ``levels`` values, spaced evenly on [-1, 1],
 
@@ -21,19 +21,43 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
-__all__ = ["DiscretizedNormal", "Grid"]
+__all__ = ["Bernoulli", "DiscretizedNormal", "Grid"]
 
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 
 # Gauss-Legendre on [-1, 1] with 8 points. The integrand is made even, so the 4 positive nodes do (weights sum to 1).
 _NODES, _WEIGHTS = (column[4:].tolist() for column in np.polynomial.legendre.leggauss(8))
+
+
+class Bernoulli(dist.Bernoulli):
+    """Pyro's Bernoulli of logits l, with log p(x) = x l - softplus(l) evaluated in two passes over memory instead of four.
+
+    The density of large images under many latents is bound by memory, and this is most of its time.
+
+    Example:
+        >>> Bernoulli(logits=torch.tensor([0.0, 100.0, -100.0])).log_prob(torch.tensor([1.0, 1.0, 1.0]))
+        tensor([  -0.6931,    0.0000, -100.0000])
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log P(x = value) in nats, of the broadcast shape.
+
+        Raises:
+            ValueError: with validation, a value other than 0 and 1.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        # Above the threshold softplus returns l itself; what it leaves out there, e^-40, is below float64's resolution.
+        return (value * self.logits).sub_(F.softplus(self.logits, threshold=40))
 
 
 class Grid(constraints.Constraint):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import ppl_models.distributions as extra
 from ppl_models.data_checks import refuse_grey_levels, refuse_other_than_floats, refuse_other_than_tensor, refuse_where
 
-__all__ = ["Bernoulli", "Categorical", "DiscretizedNormal", "Likelihood", "Normal"]
+__all__ = ["Bernoulli", "Categorical", "DiscretizedNormal", "Likelihood", "LocationScale", "Normal"]
 
 _DEFAULT_INIT_SCALE = 0.1
 
@@ -105,11 +105,21 @@ class Likelihood(nn.Module, ABC):
         return torch.zeros(1, *data_shape, dtype=dtype, device=device)
 
 
-class _LocationScale(Likelihood):
-    """What `Normal` and `DiscretizedNormal` share: a location from the decoder, a scale from one of three places."""
+class LocationScale(Likelihood):
+    """What `Normal` and `DiscretizedNormal` share: a location from the decoder, a scale from one of three places.
+
+    Attributes:
+        scale: the scale in use: a number, "learned" or None.
+        scale_stated: False where scale="default", for systems that have a better default of their own
+            (:class:`ppl_models.ddpm.DDPM`: the variance of the last step).
+    """
+
+    default_scale: ClassVar[float | str]
 
     def __init__(self, scale: float | str | None, init_scale: float | None) -> None:
         super().__init__()
+        self.scale_stated = scale != "default" or init_scale is not None
+        scale = self.default_scale if scale == "default" else scale
         self.scale = scale if scale is None or scale == "learned" else _positive("scale", scale)
         self.needs_scale = scale is None
         if self.scale == "learned":
@@ -122,6 +132,8 @@ class _LocationScale(Likelihood):
 
     def config(self) -> dict[str, Any]:
         """See `Likelihood.config`."""
+        if not self.scale_stated:
+            return {"scale": "default"}
         return {"scale": self.scale} | ({"init_scale": self.init_scale} if self.scale == "learned" else {})
 
     def _loc_and_scale(self, parameters: Parameters, data_dim: int) -> tuple[Tensor, Tensor]:
@@ -146,7 +158,7 @@ class _LocationScale(Likelihood):
         return loc, scale
 
 
-class Normal(_LocationScale):
+class Normal(LocationScale):
     r"""x | z ~ N(mu, sigma^2 I), with mu the decoder's output.
 
         log p(x | z) = -\|x - mu\|^2/(2 sigma^2) - (D/2) log(2 pi sigma^2)
@@ -154,8 +166,8 @@ class Normal(_LocationScale):
     Source: lecture notes 004, "Gaussian VAE".
 
     Args:
-        scale: sigma: a positive number (fixed; default 0.1), "learned" (one parameter for all dimensions), or None (the
-            decoder returns the pair (mu, sigma)).
+        scale: sigma: a positive number (fixed), "learned" (one parameter for all dimensions), None (the decoder returns
+            the pair (mu, sigma)), or "default": 0.1, or what the system that uses it puts in its place.
         init_scale: where a learned sigma starts; 0.1 unless given.
 
     Raises:
@@ -173,8 +185,9 @@ class Normal(_LocationScale):
 
     scaling = "none"
     is_discrete = False
+    default_scale = 0.1
 
-    def __init__(self, scale: float | str | None = 0.1, init_scale: float | None = None) -> None:
+    def __init__(self, scale: float | str | None = "default", init_scale: float | None = None) -> None:
         super().__init__(scale, init_scale)
 
     def forward(self, parameters: Parameters, data_dim: int) -> dist.TorchDistribution:
@@ -218,7 +231,7 @@ class Bernoulli(Likelihood):
         """Bernoulli(logits) in each dimension; see `Likelihood.forward`."""
         logits = _single(parameters, "logits", "return the logits alone")
         _check_dims(logits, data_dim)
-        return dist.Bernoulli(logits=logits).to_event(data_dim)
+        return extra.Bernoulli(logits=logits).to_event(data_dim)
 
     def check(self, x: Tensor, name: str = "x") -> None:
         """Floats, each exactly 0 or 1; see `Likelihood.check`."""
@@ -296,7 +309,7 @@ class Categorical(Likelihood):
         return logits
 
 
-class DiscretizedNormal(_LocationScale):
+class DiscretizedNormal(LocationScale):
     """x_i | z: Normal(mu_i, sigma^2) rounded to the nearest of `levels` values in [-1, 1]; mu is the decoder's output.
 
         p(x | z) = prod_i int_{delta_-(x_i)}^{delta_+(x_i)} N(y; mu_i, sigma^2) dy
@@ -306,8 +319,8 @@ class DiscretizedNormal(_LocationScale):
 
     Args:
         levels: number of values a pixel can take, an int >= 2.
-        scale: sigma: "learned" (default; one parameter for all dimensions), a positive number (fixed), or None (the
-            decoder returns the pair (mu, sigma)).
+        scale: sigma: "learned" (one parameter for all dimensions), a positive number (fixed), None (the decoder returns
+            the pair (mu, sigma)), or "default": learned, or what the system that uses it puts in its place.
         init_scale: where a learned sigma starts; 0.1 unless given.
 
     Raises:
@@ -323,9 +336,10 @@ class DiscretizedNormal(_LocationScale):
 
     scaling = "symmetric"
     is_discrete = True
+    default_scale = "learned"
 
     def __init__(
-        self, levels: int = 256, scale: float | str | None = "learned", init_scale: float | None = None
+        self, levels: int = 256, scale: float | str | None = "default", init_scale: float | None = None
     ) -> None:
         super().__init__(scale, init_scale)
         self.levels = _at_least_two("levels", levels)
@@ -359,7 +373,7 @@ class DiscretizedNormal(_LocationScale):
 
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        also = ', "learned" or None' if name == "scale" else ""
+        also = ', "learned", "default" or None' if name == "scale" else ""
         raise ValueError(f"expected {name} to be a positive finite number{also}, got {value!r}")
     return float(value)
 

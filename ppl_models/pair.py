@@ -38,6 +38,9 @@ class ModelGuidePair(nn.Module, ABC):
         data_shape: shape of one datum x, without the batch.
         latent_sites: names of the latent sample sites, in the model's order (top of the chain first).
 
+    Attributes:
+        data_site: name of the observed site; a system that calls its data otherwise (a diffusion's ``x_0``) says so.
+
     Example:
         >>> import pyro, pyro.distributions as dist
         >>> class Coin(ModelGuidePair):
@@ -55,6 +58,8 @@ class ModelGuidePair(nn.Module, ABC):
         >>> Coin().model(size=3).shape
         torch.Size([3])
     """
+
+    data_site: str = "x"
 
     def __init__(self, data_shape: tuple[int, ...] | torch.Size, latent_sites: tuple[str, ...]) -> None:
         super().__init__()

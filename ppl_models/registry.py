@@ -17,19 +17,55 @@ from typing import Any
 from torch import nn
 
 SYSTEMS: dict[str, str] = {
+    "ae": "ppl_models.autoencoder:AutoEncoder.preset",
     "vae": "ppl_models.vae:VAE.preset",
+    "hvae": "ppl_models.hvae:HVAE.preset",
+    "ddpm": "ppl_models.ddpm:DDPM.preset",
+    "categorical-vae": "ppl_models.discrete_vae:CategoricalVAE.preset",
+    "vq-vae": "ppl_models.vq_vae:VQVAE.preset",
+    "d3pm": "ppl_models.d3pm:D3PM.preset",
 }
 
 PARTS: dict[str, str] = {
+    "AutoEncoder": "ppl_models.autoencoder:AutoEncoder",
     "VAE": "ppl_models.vae:VAE",
+    "HVAE": "ppl_models.hvae:HVAE",
+    "DDPM": "ppl_models.ddpm:DDPM",
+    "CategoricalVAE": "ppl_models.discrete_vae:CategoricalVAE",
+    "VQVAE": "ppl_models.vq_vae:VQVAE",
+    "D3PM": "ppl_models.d3pm:D3PM",
     "LinearGaussian": "ppl_models.linear_gaussian:LinearGaussian.random",
+    "LinearHierarchy": "ppl_models.linear_hierarchy:LinearHierarchy.random",
+    "LinearDiffusion": "ppl_models.linear_diffusion:LinearDiffusion",
+    "NoiseSchedule": "ppl_models.processes.schedules:NoiseSchedule.from_config",
+    "UniformTransitions": "ppl_models.processes.structured_transitions:UniformTransitions",
+    "AbsorbingTransitions": "ppl_models.processes.structured_transitions:AbsorbingTransitions",
+    "DenseTransitions": "ppl_models.processes.dense_transitions:DenseTransitions",
+    "DiscretizedGaussianTransitions": "ppl_models.processes.dense_transitions:DiscretizedGaussianTransitions",
+    "NearestNeighbourTransitions": "ppl_models.processes.neighbour_transitions:NearestNeighbourTransitions",
     "MLP": "ppl_models.networks.mlp:MLP",
     "GaussianEncoder": "ppl_models.networks.mlp:GaussianEncoder",
     "Decoder": "ppl_models.networks.mlp:Decoder",
+    "ArrayMLP": "ppl_models.networks.arrays:ArrayMLP",
+    "CodeEncoder": "ppl_models.networks.codes:CodeEncoder",
+    "KSparse": "ppl_models.networks.codes:KSparse",
+    "LadderEncoder": "ppl_models.networks.gaussian_layers:LadderEncoder",
+    "ResidualMLP": "ppl_models.networks.residual_mlp:ResidualMLP",
+    "UNet": "ppl_models.networks.unet:UNet",
+    "OrdinalDenoiser": "ppl_models.networks.ordinal:OrdinalDenoiser",
+    "TransformerDenoiser": "ppl_models.networks.transformer:TransformerDenoiser",
+    "DiffusersUNet": "ppl_models.networks.diffusers:DiffusersUNet.from_config",
     "Normal": "ppl_models.likelihoods:Normal",
     "Bernoulli": "ppl_models.likelihoods:Bernoulli",
     "Categorical": "ppl_models.likelihoods:Categorical",
     "DiscretizedNormal": "ppl_models.likelihoods:DiscretizedNormal",
+    "GaussianNoise": "ppl_models.corruption:GaussianNoise",
+    "Masking": "ppl_models.corruption:Masking",
+    "SaltAndPepper": "ppl_models.corruption:SaltAndPepper",
+    "L1": "ppl_models.penalties:L1",
+    "ActivityTarget": "ppl_models.penalties:ActivityTarget",
+    "Contraction": "ppl_models.penalties:Contraction",
+    "HutchinsonContraction": "ppl_models.penalties:HutchinsonContraction",
 }
 
 
@@ -52,7 +88,7 @@ def system(name: str) -> Callable[..., nn.Module]:
     return _resolve(SYSTEMS[name])
 
 
-def describe(module: nn.Module) -> dict[str, Any]:
+def describe(module: Any) -> dict[str, Any]:
     """A JSON-able description from which :func:`build` makes the same module, weights aside.
 
     Raises:
@@ -69,7 +105,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
             f"expected a module made of this library's parts, got {type(module).__module__}.{type(module).__qualname__}: "
             "a network of your own cannot be rebuilt from a file; pass the pair itself when loading"
         )
-    return {"class": name, **module.config()}  # type: ignore[operator]
+    return {"class": name, **module.config()}
 
 
 def build(description: dict[str, Any]) -> Any:
@@ -85,12 +121,14 @@ def build(description: dict[str, Any]) -> Any:
     name = description.get("class")
     if name not in PARTS:
         raise UnknownPartError(f"expected a class among {', '.join(PARTS)}, got {name!r}: the description is not ours")
-    arguments = {
-        key: build(value) if isinstance(value, dict) and "class" in value else value
-        for key, value in description.items()
-        if key != "class"
-    }
+    arguments = {key: _built(value) for key, value in description.items() if key != "class"}
     return _resolve(PARTS[name])(**arguments)
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_built(item) for item in value]
+    return build(value) if isinstance(value, dict) and "class" in value else value
 
 
 def _resolve(path: str) -> Any:

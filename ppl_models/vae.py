@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ppl_models.likelihoods import Likelihood
 from ppl_models.networks.mlp import Decoder, GaussianEncoder
 from ppl_models.pair import ModelGuidePair
+from ppl_models.probing import evaluate_once, probe_decoder
 from ppl_models.registry import describe
 
 
@@ -57,7 +58,7 @@ class VAE(ModelGuidePair):
     def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, likelihood: Likelihood) -> None:
         if latent_dim < 1:
             raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")
-        output = _probe(decoder, latent_dim)
+        output = probe_decoder(decoder, latent_dim)
         data_shape = likelihood.data_shape_of(output)
         likelihood(output, len(data_shape))  # refuses output that it cannot take
         super().__init__(data_shape, latent_sites=("z",))
@@ -125,7 +126,7 @@ class VAE(ModelGuidePair):
     def _check_encoder(self) -> None:
         reference = self.prior_loc
         x = self.likelihood.example(self.data_shape, reference.dtype, reference.device)
-        output = _evaluate("encoder", self.encoder, x)
+        output = evaluate_once("encoder", self.encoder, x)
         if not (isinstance(output, tuple) and len(output) == 2):
             raise TypeError(
                 f"expected the encoder to return a pair (loc, scale), got {type(output).__name__}: "
@@ -139,26 +140,3 @@ class VAE(ModelGuidePair):
                 )
         if not bool((output[1] > 0).all()):
             raise ValueError("expected the encoder's scale to be > 0: pass its last layer through exp or softplus")
-
-
-def _probe(decoder: nn.Module, latent_dim: int) -> Any:
-    """The decoder's output for one latent, which tells the shape of a datum."""
-    reference = next(decoder.parameters(), torch.empty(0))
-    return _evaluate("decoder", decoder, torch.zeros(1, latent_dim, dtype=reference.dtype, device=reference.device))
-
-
-def _evaluate(name: str, module: nn.Module, argument: Tensor) -> Any:
-    """One pass in evaluation mode (no dropout, no running statistics), restoring each submodule's mode."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            return module(argument)
-    except RuntimeError as error:
-        raise ValueError(
-            f"expected the {name} to take one row of shape {list(argument.shape)}, but it fails "
-            f"({' '.join(str(error).split())[:120]}): match its first layer"
-        ) from error
-    finally:
-        for m, training in modes:
-            m.training = training

@@ -12,9 +12,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ppl_models import VAE, LinearGaussian, ModelGuidePair
+from inference import DiffusionLoss, ElboLoss, EnumeratedLoss, ScoreFunctionLoss
+from ppl_models import (
+    D3PM,
+    DDPM,
+    HVAE,
+    VAE,
+    VQVAE,
+    AutoEncoder,
+    CategoricalVAE,
+    LinearDiffusion,
+    LinearGaussian,
+    LinearHierarchy,
+    ModelGuidePair,
+    NoiseSchedule,
+)
+from ppl_models.corruption import SaltAndPepper
 from ppl_models.likelihoods import Bernoulli, Categorical, DiscretizedNormal, Normal
 from ppl_models.networks import Decoder, GaussianEncoder
+from tests.oracles.discrete_vae import BlockDecoder, PosteriorEncoder
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,11 @@ class Case:
     data: Callable[[ModelGuidePair], Tensor]
     exact: bool = False  # the guide is the posterior and pair.log_evidence(x) is exact
     rebuilds: bool = True  # made of the library's own parts, so that a description rebuilds it
+    objective: Callable[[ModelGuidePair], nn.Module] = ElboLoss  # whose mean is -ELBO
+    closed: bool = True  # every latent site's term has a closed form
+    mean_field: bool = True  # no model parent of a latent descends from it in the guide
+    reparameterised: bool = True
+    gaussian_guide: bool = True  # `guide_distribution` is one Gaussian, which a test can make wrong
 
 
 BATCH = 5
@@ -51,6 +72,65 @@ def _linear_vae() -> VAE:
     return VAE(Encoder(), nn.Linear(2, 3), 2, Normal(scale=0.5))
 
 
+def _stirred(pair: ModelGuidePair) -> ModelGuidePair:
+    """Weights moved off their start, where a denoiser's last layer is zero and gives the others no gradient."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in pair.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return pair
+
+
+def _ddpm(likelihood: Callable[[], nn.Module], **options: object) -> Callable[[], ModelGuidePair]:
+    return lambda: _stirred(DDPM.preset((4, 3), likelihood(), num_timesteps=3, hidden=8, blocks=1, **options))
+
+
+def _d3pm(transitions: str, **options: object) -> Callable[[], ModelGuidePair]:
+    return lambda: _stirred(D3PM.preset((6,), Categorical(4), 3, transitions, hidden=8, blocks=1, **options))
+
+
+def _bound_of_diffusion(pair: ModelGuidePair) -> nn.Module:
+    return DiffusionLoss(pair)
+
+
+_CHAIN_OF_CLASSES = {
+    "objective": _bound_of_diffusion,
+    "closed": False,
+    "mean_field": False,
+    "reparameterised": False,
+}
+
+
+def _ae(likelihood: Callable[[], nn.Module], **options: object) -> Callable[[], ModelGuidePair]:
+    return lambda: AutoEncoder.preset((4, 3), likelihood(), latent_dim=4, hidden=(8,), **options)
+
+
+def _hvae(
+    likelihood: Callable[[], nn.Module], guide: str, dims: tuple[int, ...] = (3, 2)
+) -> Callable[[], ModelGuidePair]:
+    return lambda: HVAE.preset((4, 3), likelihood(), dims, hidden=(8,), guide=guide)
+
+
+def _linear_diffusion() -> LinearDiffusion:
+    schedule, loc, scale = NoiseSchedule.cosine(4), torch.tensor([0.5, -1.0]), torch.tensor([0.8, 0.3])
+    return LinearDiffusion(schedule, loc, scale, guide="exact")
+
+
+def _exact_categorical() -> CategoricalVAE:
+    """The guide is the posterior of a decoder small enough to invert."""
+    decoder = BlockDecoder(torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)))
+    return CategoricalVAE(PosteriorEncoder(decoder), decoder, 2, 3, Bernoulli())
+
+
+def _categorical() -> CategoricalVAE:
+    return CategoricalVAE.preset((4, 3), Bernoulli(), num_latents=2, num_classes=3, hidden=(8,))
+
+
+def _vector_quantised() -> VQVAE:
+    """In evaluation mode, where its terms are the bound's alone."""
+    return VQVAE.preset((4, 3), Bernoulli(), num_latents=2, num_codes=5, code_dim=2, hidden=(8,)).eval()
+
+
 def _preset(
     likelihood: Callable[[], nn.Module], shape: tuple[int, ...] = (4, 3), **options: object
 ) -> Callable[[], VAE]:
@@ -70,5 +150,56 @@ CASES: dict[str, Case] = {
     ),
     "linear-exact": Case(lambda: LinearGaussian.random(4, 2), _generated, exact=True),
     "linear-orthogonal": Case(lambda: LinearGaussian.random(4, 2, orthogonal=True), _generated, exact=True),
+    "ae-plain": Case(_ae(Normal), _generated, closed=False),
+    "ae-categorical": Case(_ae(lambda: Categorical(num_classes=4)), _generated, closed=False),
+    "ae-denoising": Case(_ae(lambda: Normal(scale=0.5), corruption=SaltAndPepper(0.3)), _generated, closed=False),
+    "ae-k-sparse": Case(_ae(Bernoulli, k=2), _generated, closed=False),
+    "ddpm-normal": Case(_ddpm(Normal), _generated, closed=False, mean_field=False),
+    "ddpm-discretized-learned": Case(
+        _ddpm(lambda: DiscretizedNormal(levels=17), predict="x_0", variance="learned"),
+        _generated,
+        closed=False,
+        mean_field=False,
+    ),
+    "linear-diffusion-exact": Case(
+        _linear_diffusion, _generated, exact=True, closed=False, mean_field=False, gaussian_guide=False
+    ),
+    "d3pm-uniform": Case(_d3pm("uniform"), _generated, **_CHAIN_OF_CLASSES),
+    "d3pm-absorbing": Case(_d3pm("absorbing"), _generated, **_CHAIN_OF_CLASSES),
+    "d3pm-gaussian-logistic": Case(_d3pm("gaussian", output="logistic"), _generated, **_CHAIN_OF_CLASSES),
+    "categorical-vae": Case(
+        _categorical, _generated, objective=lambda pair: ScoreFunctionLoss(pair, 4), reparameterised=False
+    ),
+    "categorical-exact": Case(
+        _exact_categorical,
+        _generated,
+        exact=True,
+        rebuilds=False,
+        objective=EnumeratedLoss,
+        reparameterised=False,
+        gaussian_guide=False,
+    ),
+    "vq-vae": Case(_vector_quantised, _generated, closed=False),
+    "hvae-bottom-up": Case(_hvae(Bernoulli, "bottom_up"), _generated, closed=False, mean_field=False),
+    "hvae-top-down": Case(_hvae(Bernoulli, "top_down"), _generated),
+    "hvae-three-layers": Case(
+        _hvae(lambda: Normal(scale="learned"), "bottom_up", (3, 2, 2)), _generated, closed=False, mean_field=False
+    ),
+    "hvae-categorical-top-down": Case(_hvae(lambda: Categorical(num_classes=4), "top_down", (3, 2, 2)), _generated),
+    "hvae-one-layer": Case(_hvae(Bernoulli, "bottom_up", (2,)), _generated),
+    "linear-hierarchy-bottom-up": Case(
+        lambda: LinearHierarchy.random(4, (2, 2)),
+        _generated,
+        exact=True,
+        closed=False,
+        mean_field=False,
+        gaussian_guide=False,
+    ),
+    "linear-hierarchy-top-down": Case(
+        lambda: LinearHierarchy.random(4, (2, 2), guide="top_down"), _generated, exact=True, gaussian_guide=False
+    ),
+    "linear-hierarchy-mean-field": Case(
+        lambda: LinearHierarchy.random(4, (2, 2), exact=False), _generated, closed=False, mean_field=False
+    ),
     "linear-mean-field": Case(lambda: LinearGaussian.random(4, 2, guide="mean_field"), _generated),
 }

@@ -260,7 +260,7 @@ def test_the_seed_decides_everything(capsys, trained, tmp_path):
 
 
 def test_the_seed_decides_the_initial_weights_and_nothing_else_does():
-    options, data = choose(TrainOptions(data="digits", hidden=(4,)))
+    options, data = choose("vae", TrainOptions(data="digits", hidden=(4,)))
     first, again = (torch.cat([p.flatten() for p in build_pair("vae", options, data).parameters()]) for _ in range(2))
     other = build_pair("vae", options.model_copy(update={"seed": 1}), data)
     assert torch.equal(first, again)
@@ -324,7 +324,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize(("stated", "expected"), CHOICES.values(), ids=CHOICES)
 def test_what_is_not_stated_is_chosen_from_the_data(stated, expected, files):
-    options, data = choose(TrainOptions(**{**stated, "data": stated["data"].format(**files)}))
+    options, data = choose("vae", TrainOptions(**{**stated, "data": stated["data"].format(**files)}))
     chosen = (options.likelihood, options.scaling, options.binarization, options.latent_dim, data.levels)
     assert chosen == expected
     assert (data.scaling, data.binarization) == (options.scaling, options.binarization)
@@ -366,7 +366,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 
 
 def test_the_printed_configuration_is_a_configuration_file(tmp_path):
-    options, _ = choose(TrainOptions(data="digits", ema=0.9, hidden="7,5"))
+    options, _ = choose("vae", TrainOptions(data="digits", ema=0.9, hidden="7,5"))
     (tmp_path / "options.yaml").write_text(options.text())
     assert gather_options({}, [], tmp_path / "options.yaml") == options
 

@@ -8,7 +8,20 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "examples"
-TESTED = {"any_pyro_program", "evidence_and_gap", "ladder_of_bounds", "vae_on_digits"}
+TESTED = {
+    "any_pyro_program",
+    "autoencoders",  # in test_examples_autoencoders.py, as is why_it_blurs
+    "discrete_gradients",
+    "evidence_and_gap",
+    "hvae_progressive",
+    "ladder_of_bounds",
+    "markov_chains_forget",
+    "one_bound_three_derivations",
+    "one_table",  # in test_examples_table.py
+    "text_d3pm",  # in test_examples_text.py
+    "vae_on_digits",
+    "why_it_blurs",
+}
 
 
 def _load(name: str) -> ModuleType:
@@ -59,3 +72,35 @@ def test_ladder_of_bounds(tmp_path, capsys):
     assert numbers["ELBO"] < numbers["exact"]
     assert (tmp_path / "ladder.png").is_file()
     assert "amortisation gap" in capsys.readouterr().out
+
+
+def test_hvae_progressive(tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    numbers = _load("hvae_progressive").main(epochs=1, num_particles=10, num_chains=5, out=tmp_path / "p.png")
+    assert numbers["elbo"] < 0
+    assert (tmp_path / "p.png").is_file()
+    assert "held" in capsys.readouterr().out
+
+
+def test_discrete_gradients(tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    numbers = _load("discrete_gradients").main(steps=2, num_data=8, num_pairs=3, out=tmp_path / "g.png")
+    assert numbers["elbo"] <= numbers["evidence"]
+    assert (tmp_path / "g.png").is_file()
+    assert "bias" in capsys.readouterr().out
+
+
+def test_markov_chains_forget(tmp_path, capsys):
+    numbers = _load("markov_chains_forget").main(num_timesteps=30, out=tmp_path / "forget.png")
+    assert numbers["D3PM absorbing, 1/(T - t + 1)"] < 1e-12
+    assert numbers["constant T (a walk)"] > 0.1
+    assert (tmp_path / "forget.png").is_file()
+    assert "irreducible and aperiodic" in capsys.readouterr().out
+
+
+def test_one_bound_three_derivations(tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    found = _load("one_bound_three_derivations").main(4, train_steps=20, repeats=60, out=tmp_path / "e.png")
+    exact = found[3]  # all L_t: the quietest
+    assert all(abs(e.mean - exact.mean) < 7 * (e.std_error**2 + exact.std_error**2) ** 0.5 for e in found)
+    assert (tmp_path / "e.png").is_file()

@@ -114,6 +114,28 @@ def test_mean_is_the_mean_of_samples(likelihood):
     assert (z + 0.3 * math.sqrt(n)).abs().max() > bound  # a mean that is wrong by 0.3 standard deviations is seen
 
 
+@pytest.mark.parametrize(
+    ("make", "stated", "scale"),
+    [
+        (lambda: Normal(), False, 0.1),
+        (lambda: Normal(scale="default"), False, 0.1),
+        (lambda: Normal(scale=0.1), True, 0.1),
+        (lambda: Normal(scale=None), True, None),
+        (lambda: Normal(scale="learned"), True, "learned"),
+        (lambda: DiscretizedNormal(levels=4), False, "learned"),
+        (lambda: DiscretizedNormal(levels=4, init_scale=0.2), True, "learned"),
+        (lambda: DiscretizedNormal(levels=4, scale="learned"), True, "learned"),
+        (lambda: DiscretizedNormal(levels=4, scale=0.3), True, 0.3),
+    ],
+)
+def test_a_scale_left_out_is_told_from_the_same_scale_stated(make, stated, scale):
+    likelihood = make()
+    assert (likelihood.scale_stated, likelihood.scale) == (stated, scale)
+    again = type(likelihood)(**json.loads(json.dumps(likelihood.config())))
+    assert (again.scale_stated, again.scale, again.config()) == (stated, scale, likelihood.config())
+    assert ("default" in likelihood.config().values()) is not stated
+
+
 def test_config_rebuilds_it_through_json(likelihood):
     again = type(likelihood)(**json.loads(json.dumps(likelihood.config())))
     assert again.config() == likelihood.config()
@@ -233,7 +255,7 @@ def test_a_decoders_extreme_scale_is_refused_where_it_stands():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Normal(scale=0.0), r'scale to be a positive finite number, "learned" or None, got 0\.0'),
+        (lambda: Normal(scale=0.0), r'scale to be a positive finite number, "learned", "default" or None, got 0\.0'),
         (lambda: Normal(scale=-1), "got -1"),
         (lambda: Normal(scale=math.nan), "got nan"),
         (lambda: Normal(scale=True), "got True"),

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 
-from inference import Decomposition, ElboLoss, decompose_elbo
+from inference import Decomposition, decompose_elbo
 from ppl_models import ModelGuidePair
 from ppl_models.registry import UnknownPartError, build, describe
 from tests.cases import BATCH, CASES, Case
@@ -36,8 +36,8 @@ def x(case: Case, pair: ModelGuidePair) -> torch.Tensor:
 
 def test_model_generates_what_it_observes(pair, x):
     trace = poutine.trace(pair.model).get_trace(x)
-    assert trace.nodes["x"]["is_observed"]
-    assert trace.nodes["x"]["value"] is x
+    assert trace.nodes[pair.data_site]["is_observed"]
+    assert trace.nodes[pair.data_site]["value"] is x
     assert x.shape == (BATCH, *pair.data_shape)
     pair.check_data(x)
 
@@ -59,18 +59,26 @@ def test_log_probs_have_plate_shape_with_and_without_particles(pair, x):
             model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(x)
         for trace in (guide, model):
             trace.compute_log_prob()
-            for name in set(trace.nodes) & {*pair.latent_sites, "x"}:
+            for name in set(trace.nodes) & {*pair.latent_sites, pair.data_site}:
                 assert trace.nodes[name]["log_prob"].shape == dims, name
 
 
 @pytest.mark.parametrize("particles", [1, 3])
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
-def test_svi_moves_every_parameter_without_the_global_store(pair, x, elbo, particles):
+def test_svi_moves_every_parameter_without_the_global_store(case, pair, x, elbo, particles):
+    if elbo is TraceMeanField_ELBO and not case.reparameterised:
+        with pytest.raises(NotImplementedError, match="reparametrized"):
+            SVI(pair.model, pair.guide, Adam({"lr": 1e-2}), elbo()).step(x)
+        return
     before = {name: p.detach().clone() for name, p in pair.named_parameters()}
     svi = SVI(
         pair.model, pair.guide, Adam({"lr": 1e-2}), elbo(num_particles=particles, vectorize_particles=particles > 1)
     )
-    losses = [svi.step(x) for _ in range(3)]
+    refused = (
+        elbo is TraceMeanField_ELBO and not case.mean_field
+    )  # Pyro only warns; decompose_elbo refuses the closed form
+    with pytest.warns(UserWarning, match="mean field") if refused else contextlib.nullcontext():
+        losses = [svi.step(x) for _ in range(3)]
     assert all(math.isfinite(loss) for loss in losses)
     assert len(pyro.get_param_store()) == 0
     unmoved = [name for name, p in pair.named_parameters() if torch.equal(p, before[name])]
@@ -79,7 +87,7 @@ def test_svi_moves_every_parameter_without_the_global_store(pair, x, elbo, parti
 
 def test_predictive_draws_latents_and_data(pair, x):
     prior = Predictive(pair.model, num_samples=4)(size=3)
-    assert prior["x"].shape == (4, 3, *pair.data_shape)
+    assert prior[pair.data_site].shape == (4, 3, *pair.data_shape)
     posterior = Predictive(pair.model, guide=pair.guide, num_samples=4, parallel=True, return_sites=pair.latent_sites)(
         x
     )
@@ -90,11 +98,11 @@ def test_predictive_draws_latents_and_data(pair, x):
 def test_render_model_draws_the_graph(pair, x):
     graph = pyro.render_model(pair.model, model_args=(x,), render_distributions=True, render_params=True)
     source = graph.source
-    assert all(site in source for site in (*pair.latent_sites, "x", "data"))
+    assert all(site in source for site in (*pair.latent_sites, pair.data_site, "data"))
 
 
-def test_every_parameter_gets_a_finite_gradient(pair, x):
-    ElboLoss(pair)(x).mean().backward()
+def test_every_parameter_gets_a_finite_gradient(case, pair, x):
+    case.objective(pair)(x).mean().backward()
     for name, parameter in pair.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -107,7 +115,7 @@ def test_state_dict_round_trip_gives_the_same_numbers(case, pair, x):
         for p in pair.parameters():
             p.add_(0.1 * torch.randn_like(p))
     other.load_state_dict(pair.state_dict())
-    assert _elbo(pair, x) == _elbo(other, x) == _elbo(copy.deepcopy(pair), x)
+    assert _elbo(case, pair, x) == _elbo(case, other, x) == _elbo(case, copy.deepcopy(pair), x)
 
 
 def test_description_rebuilds_the_pair_or_says_why_not(case, pair, x):
@@ -117,7 +125,7 @@ def test_description_rebuilds_the_pair_or_says_why_not(case, pair, x):
         return
     other = build(describe(pair)).to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
     other.load_state_dict(pair.state_dict())
-    assert _elbo(pair, x) == _elbo(other, x)
+    assert _elbo(case, pair, x) == _elbo(case, other.train(pair.training), x)
 
 
 def _agrees(draws: torch.Tensor, d: Decomposition) -> bool:
@@ -126,12 +134,12 @@ def _agrees(draws: torch.Tensor, d: Decomposition) -> bool:
     return bool(((draws.mean(0) - d.elbo).abs() <= Z_MAX * error + 1e-9).all())
 
 
-def test_trace_elbo_equals_the_decomposition_and_the_objective(pair, x):
+def test_trace_elbo_equals_the_decomposition_and_the_objective(case, pair, x):
     n = 400
     d = decompose_elbo(pair.model, pair.guide, x, num_particles=n)
-    assert d.sites == (*pair.latent_sites, "x")
+    assert d.sites == (*pair.latent_sites, pair.data_site)
     assert torch.allclose(sum(t.value for t in d.values()), d.elbo, atol=1e-9, rtol=1e-9)
-    loss = ElboLoss(pair)
+    loss = case.objective(pair)
     with torch.no_grad():
         assert _agrees(torch.stack([-loss(x) for _ in range(n)]), d)
         pyro_draws = torch.tensor([-Trace_ELBO().loss(pair.model, pair.guide, x) for _ in range(n)])
@@ -140,7 +148,7 @@ def test_trace_elbo_equals_the_decomposition_and_the_objective(pair, x):
 
 
 @pytest.mark.parametrize("fault", ["flipped sign of the likelihood", "model and guide swapped in the rate"])
-def test_a_broken_objective_is_caught_by_the_same_comparison(pair, x, fault):
+def test_a_broken_objective_is_caught_by_the_same_comparison(case, pair, x, fault):
     """The twin of the test above: an objective with one sign wrong does not have the decomposition's ELBO as mean.
 
     Power is worked out in each case from the draws themselves: the fault shifts the bound by twice the term whose sign is
@@ -148,21 +156,24 @@ def test_a_broken_objective_is_caught_by_the_same_comparison(pair, x, fault):
     """
     n = 2000
     d = decompose_elbo(pair.model, pair.guide, x, num_particles=20 * n)
-    loss = ElboLoss(pair)
-    signs = {"x": -1.0} if fault.startswith("flipped") else dict.fromkeys(pair.latent_sites, -1.0)
+    loss = case.objective(pair)
+    signs = {pair.data_site: -1.0} if fault.startswith("flipped") else dict.fromkeys(pair.latent_sites, -1.0)
     with torch.no_grad():
         draws = torch.stack([sum(signs.get(s, 1.0) * t for s, t in loss.terms(x).items()) for _ in range(n)])
     shift = sum(2 * d[s].value for s in signs).abs()
     error = (draws.var(0) / n + d.std_error.square()).sqrt()
-    if bool((shift < 1.5 * Z_MAX * error).all()):
+    if bool((shift <= 1.5 * Z_MAX * error).all()):
         pytest.skip(f"too little power: the fault shifts the bound by {float(shift.max()):.2f} nats at most")
     assert not _agrees(draws, d)
 
 
-def test_closed_form_and_draws_agree_at_every_site(pair, x):
+def test_closed_form_and_draws_agree_at_every_site_that_has_one(case, pair, x):
     d = decompose_elbo(pair.model, pair.guide, x, num_particles=2000)
     for site in pair.latent_sites:
-        assert d[site].analytic is not None, d[site].reason
+        if d[site].analytic is None:
+            assert not case.closed, d[site].reason
+            assert d[site].reason
+            continue
         assert abs(d[site].z_score) < Z_MAX
 
 
@@ -172,9 +183,9 @@ def test_samples_have_the_law_that_log_prob_scores(pair):
     parameters = [p for n, p in pair.named_parameters() if not n.startswith("encoder")]
     trace = poutine.trace(pair.model).get_trace(size=size)
     conditioned = poutine.condition(pair.model, {n: trace.nodes[n]["value"].detach() for n in pair.latent_sites})
-    scored = poutine.trace(conditioned).get_trace(trace.nodes["x"]["value"].detach())
+    scored = poutine.trace(conditioned).get_trace(trace.nodes[pair.data_site]["value"].detach())
     scored.compute_log_prob()
-    log_prob = scored.nodes["x"]["log_prob"]
+    log_prob = sum(scored.nodes[name]["log_prob"] for name in (*pair.latent_sites, pair.data_site))
     for p in parameters:
         probe = torch.randn_like(p)
         scores = _scores(log_prob, p, probe)
@@ -202,7 +213,7 @@ def test_zero_variance_certificate(name):
     assert (d.monte_carlo_std_error <= 1e-10 * evidence.abs()).all()
 
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.exact])
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.exact and c.gaussian_guide])
 @pytest.mark.parametrize("fault", ["sd x 0.8", "mean + 0.3 sd"])
 def test_zero_variance_certificate_rejects_a_wrong_guide(name, fault):
     case = CASES[name]
@@ -240,11 +251,11 @@ def test_float32_runs_and_stays_float32(case):
     torch.set_default_dtype(torch.float32)
     pair = case.build()
     x = case.data(pair)
-    loss = ElboLoss(pair)(x)
+    loss = case.objective(pair)(x)
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss).all()
 
 
-def _elbo(pair: ModelGuidePair, x: torch.Tensor) -> float:
+def _elbo(case: Case, pair: ModelGuidePair, x: torch.Tensor) -> float:
     pyro.set_rng_seed(1)
-    return float(ElboLoss(pair)(x).detach().sum())
+    return float(case.objective(pair)(x).detach().sum())

@@ -39,5 +39,5 @@ def test_foreign_names_are_not_built(name):
 
 
 def test_an_unknown_system_is_refused_with_the_list():
-    with pytest.raises(ValueError, match=r"among vae.*got 'gan'"):
+    with pytest.raises(ValueError, match=r"among ae, vae.*got 'gan'"):
         system("gan")

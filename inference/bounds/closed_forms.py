@@ -51,7 +51,7 @@ def site_divergence(guide_site: Site, model_site: Site) -> Tensor:
         if not _same(guide_site[side], model_site[side]):
             name = guide_site["name"]
             raise NoClosedFormError(f"refused: model and guide have different {side}s at {name}, so the term is no KL")
-    if isinstance(_unwrapped(q)[0], dist.Delta):
+    if is_point_mass(q):
         raise NoClosedFormError(
             f"no closed form: the guide fixes {guide_site['name']} as a function of what is above it, nothing to integrate"
         )
@@ -64,8 +64,16 @@ def site_divergence(guide_site: Site, model_site: Site) -> Tensor:
     return kl * guide_site["scale"]
 
 
+def is_point_mass(law: Any) -> bool:
+    """Whether a law is a Delta, as it is or within wrappers."""
+    return isinstance(_unwrapped(law)[0], dist.Delta)
+
+
 def site_entropy(guide_site: Site) -> Tensor:
-    """H(q) = -E_q[log q] of a site that only the guide has, in nats, of the site's batch shape.
+    """H(q) = -E_q[log q] of a guide site given its parents, in nats, scaled as the site is, of the site's batch shape.
+
+    Whatever descends from the site, this is the expectation of its -log q: the draw has the law q given its parents. So it
+    needs no test of structure, unlike a KL.
 
     Raises:
         NoClosedFormError: no closed form is known, or the site is masked.
@@ -77,7 +85,7 @@ def site_entropy(guide_site: Site) -> Tensor:
         if not type(law).log_prob.__module__.startswith(KNOWN_LAWS):
             raise NotImplementedError
         return sum_rightmost(law.entropy(), dims) * guide_site["scale"]
-    except NotImplementedError:
+    except (NotImplementedError, RuntimeError, ValueError):  # no entry, or one that cannot take these shapes
         raise NoClosedFormError("only in the guide: minus its log-density, averaged over the draws") from None
 
 

@@ -49,6 +49,7 @@ from inference.bounds.support import ZeroOutsideSupport
 from inference.bounds.weights import WeightSums
 from inference.progress import Progress
 
+CHUNKS_PER_BLOCK = 2  # the guide is drawn for so many of the model's chunks at once: its own cost is in the calls
 PUT_TOGETHER = 32  # particles, where few are drawn at a time, before they are reduced
 
 
@@ -79,7 +80,8 @@ def log_evidence(
             small: start from a hundred draws at least.
         max_particles: where doubling stops.
         chunk_size: particles at a time in the model when vectorised, to save memory; the result does not depend on it.
-            None takes the whole block in which the guide is drawn, some 2 million site elements; more is not taken.
+            None takes some 2 million site elements; more than twice that, for which the guide is drawn at once, is not
+            taken.
         vectorize: None draws many particles at once where replaying them singly shows that the programs allow it; True
             demands it; False forbids it.
         kwargs: passed to both programs.
@@ -109,8 +111,8 @@ def log_evidence(
         plan = plan_with_data(ZeroOutsideSupport()(model), guide, args, kwargs, vectorize)
         check_plan(plan)
         check_guide(plan)
-        block = plan.default_chunk()
-        size = min(chunk_size or block, block)
+        block = CHUNKS_PER_BLOCK * plan.default_chunk()
+        size = min(chunk_size or plan.default_chunk(), block)
         ceiling = num_particles if target_std_error is None else max(num_particles, max_particles)
         weights = _Weights(plan, keep=tail_size(ceiling) + 1)
         goal, rounds = num_particles, 1
@@ -136,7 +138,7 @@ class _Weights:
     def draw(self, goal: int, chunk_size: int) -> None:
         """Draws until there are ``goal`` particles."""
         missing, plan = goal - self.sums.count, self.plan
-        block = plan.default_chunk() if plan.vectorized else 1
+        block = CHUNKS_PER_BLOCK * plan.default_chunk() if plan.vectorized else 1
         drawn: list[Tensor] = []
         with Progress("weighing particles", missing, unit="particles") as progress, pyro.validation_enabled(False):
             # The first particle has been validated: what is left to see in the others shows in their log-densities.

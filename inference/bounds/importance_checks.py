@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch.distributions import biject_to
 
-from inference.bounds.closed_forms import law_name
+from inference.bounds.closed_forms import is_point_mass
 from inference.bounds.particles import Particles, Plan, Program, forked_rng, make_plan
 from inference.bounds.sites import Site, is_deterministic
 
@@ -149,7 +149,7 @@ def _moves(plan: Plan, masses: list[str], auxiliary: list[str]) -> tuple[set[str
 
 
 def _is_delta(site: Site) -> bool:
-    return law_name(site["fn"]) == "Delta"
+    return is_point_mass(site["fn"])
 
 
 def check_same_data(prototype: Particles, particles: Particles) -> None:

@@ -28,8 +28,10 @@ class SiteTerm:
 
     ``monte_carlo`` and ``std_error`` come from draws. ``analytic`` is the site's own expectation in closed form with its
     parents still drawn, which is what ``analytic_std_error`` is the error of; both are None without a valid closed form.
-    ``reason`` says in a sentence why a closed form is or is not used. ``z_score`` is the paired difference of the two
-    estimates, averaged over data, in standard errors.
+    ``with_entropy`` is half a closed form, for latent sites without a whole one: E_q[log p] from draws, and -E_q[log q]
+    from the conditional entropies of the guide's law, whose parents are drawn. It is None where it is not known or does not
+    lower the variance. ``reason`` says in a sentence why a closed form is or is not used. ``z_score`` is the paired
+    difference of Monte Carlo and the better estimate, averaged over data, in standard errors.
     """
 
     name: str
@@ -40,16 +42,22 @@ class SiteTerm:
     analytic_std_error: Tensor | None
     reason: str
     z_score: float | None = None
+    with_entropy: Tensor | None = None
+    with_entropy_std_error: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
-        """The better estimate: the closed form where there is one, else Monte Carlo."""
-        return self.monte_carlo if self.analytic is None else self.analytic
+        """The better estimate: the closed form where there is one, else half of one, else Monte Carlo."""
+        if self.analytic is not None:
+            return self.analytic
+        return self.monte_carlo if self.with_entropy is None else self.with_entropy
 
     @property
     def value_std_error(self) -> Tensor:
         """Standard error of :attr:`value`."""
-        return self.std_error if self.analytic_std_error is None else self.analytic_std_error
+        if self.analytic_std_error is not None:
+            return self.analytic_std_error
+        return self.std_error if self.with_entropy_std_error is None else self.with_entropy_std_error
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,8 @@ class Decomposition(Mapping[str, SiteTerm]):
                 "std_error": (dims, stacked([t.std_error for t in terms])),
                 "analytic": (dims, stacked([t.analytic for t in terms])),
                 "analytic_std_error": (dims, stacked([t.analytic_std_error for t in terms])),
+                "with_entropy": (dims, stacked([t.with_entropy for t in terms])),
+                "with_entropy_std_error": (dims, stacked([t.with_entropy_std_error for t in terms])),
                 "elbo": (self.plates, self.elbo.cpu().numpy()),
                 "elbo_std_error": (self.plates, self.std_error.cpu().numpy()),
                 "kind": ("site", [t.kind for t in terms]),

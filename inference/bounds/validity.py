@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,15 +78,24 @@ def _kind(site: Site) -> Kind:
 
 @dataclass
 class ClosedForms:
-    """Closed forms by site, a sentence for every site, and what must be checked again in each draw."""
+    """Closed forms by site, a sentence for every site, and what must be checked again in each draw.
+
+    ``entropies`` are those of the guide's law at latent sites, -log q integrated given the parents. They are right whatever
+    the structure, and matter where a site has no whole closed form.
+    """
 
     exact: dict[str, Exact] = field(default_factory=dict)
+    entropies: dict[str, Exact] = field(default_factory=dict)
     constants: set[str] = field(default_factory=set)  # observed sites with nothing latent above them
     reasons: dict[str, str] = field(default_factory=dict)
     structure_may_change: bool = False
 
     def refuse(self, name: str, reason: str) -> None:
-        """Takes a site's closed form away."""
+        """Takes a site's closed form away, or its conditional entropy if it has no whole one."""
+        if name in self.entropies and name not in self.exact:
+            del self.entropies[name]
+            self.reasons[name] = f"{self.reasons[name]}; its entropy: {reason}"
+            return
         self.exact.pop(name, None)
         self.constants.discard(name)
         self.reasons[name] = reason
@@ -115,6 +125,17 @@ class ClosedForms:
             return self.exact[name](particles)
         except NoClosedFormError as error:
             raise RefusedError(name, f"{error}; so it is in some draws") from None
+
+    def entropy(self, name: str, particles: Particles) -> Tensor:
+        """A latent site's conditional entropy at these particles.
+
+        Raises:
+            RefusedError: the law of these particles has none in closed form.
+        """
+        try:
+            return self.entropies[name](particles)
+        except NoClosedFormError:
+            raise RefusedError(name, "not known in closed form in some draws") from None
 
 
 class RefusedError(Exception):
@@ -168,6 +189,10 @@ def find_closed_forms(plan: Plan) -> ClosedForms:
         found.refuse(
             name, f"refused: redrawing {name} alone changed its own closed form, so what it rests on depends on it"
         )
+    for name in [name for name, kind in site_kinds(prototype).items() if kind == "latent"]:
+        with suppress(NoClosedFormError):
+            _entropy(name)(prototype)
+            found.entropies[name] = _entropy(name)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the data decide where nobody states it: likelihood, scaling, binarisation, latent width.
+"""What system and data decide where nobody states it: likelihood, scaling, binarisation, latent width.
 
     data                  likelihood                      scaling      binarisation    latent width
     digits                discretized_normal, 17 levels   symmetric    none            16
@@ -7,6 +7,10 @@
     toy densities         normal, learned scale           none         none            2
     npz:FILE, quantised   bernoulli for two levels, else discretized_normal            16 for images, else 2
     npz:FILE, continuous  must be stated
+    text:FILE             categorical, a class a character classes      none            16
+
+A DDPM has discretized_normal for all data with levels and normal for others, with the variance of its own last step; a D3PM
+has categorical, and on text a transformer unless another network is stated.
 
 A scaling that is not stated is the one that the likelihood is made for. The one exception is a normal likelihood of
 quantised data: it is valid on any scaling, so whether counts 0..255 are meant must be stated.
@@ -22,6 +26,7 @@ import torch
 
 from inference.bounds.particles import forked_rng
 from inference.commands.options import TrainOptions
+from inference.commands.pair_choices import SHARED, choices_of, pair_arguments
 from inference.training.config import ConfigError
 from inference.training.datasets import TOY_DENSITIES, DataSet, list_data, load_data
 from ppl_models.likelihoods import Bernoulli, Categorical, DiscretizedNormal, Likelihood, Normal
@@ -34,13 +39,14 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "categorical": Categorical,
     "discretized_normal": DiscretizedNormal,
 }
-LATENT_DIMS = {"image": 16, "point": 2}
+LATENT_DIMS = {"image": 16, "point": 2, "text": 16}
 
 
-def choose(options: TrainOptions) -> tuple[TrainOptions, DataSet]:
+def choose(name: str, options: TrainOptions) -> tuple[TrainOptions, DataSet]:
     """The options with nothing left open, and the data under them.
 
     Args:
+        name: the system.
         options: as stated; paths in ``data`` are made absolute, so that a run finds its data again from any folder.
 
     Raises:
@@ -48,13 +54,18 @@ def choose(options: TrainOptions) -> tuple[TrainOptions, DataSet]:
         DataError: data that cannot be read, or that are not as stated.
 
     Example:
-        >>> chosen, data = choose(TrainOptions(data="digits"))
+        >>> chosen, data = choose("vae", TrainOptions(data="digits"))
         >>> chosen.likelihood, chosen.scaling, chosen.latent_dim, data.levels
         ('discretized_normal', 'symmetric', 16, 17)
     """
     spec = _absolute(options.data)
     levels, kind = _levels_and_kind(spec, options.scaling)
-    likelihood = options.likelihood or _likelihood(spec, levels)
+    likelihood = options.likelihood or _likelihood_of_system(name, levels) or _likelihood(spec, levels, kind)
+    if kind == "text" and likelihood != "categorical":
+        raise ConfigError(
+            f"likelihood: expected categorical, the law of characters, for {options.data}, got {likelihood}; leave "
+            "--likelihood out, or train a system that takes classes, such as d3pm"
+        )
     if likelihood in ("categorical", "discretized_normal") and levels is None:
         raise ConfigError(
             f"likelihood: expected one of continuous data for {options.data}, got {likelihood}, which needs a number of "
@@ -64,12 +75,25 @@ def choose(options: TrainOptions) -> tuple[TrainOptions, DataSet]:
     mnist = spec.startswith("mnist:")
     binarization = options.binarization or ("dynamic" if mnist and likelihood == "bernoulli" else "none")
     data = load_data(spec, scaling=scaling, binarization=binarization)
+    known = choices_of(name)
+    latent_dim = options.latent_dim
+    if "latent_dim" in known and latent_dim is None and "latent_dim" not in options.pair:
+        latent_dim = LATENT_DIMS[kind]
+    sequences = {"network": "transformer"} if kind == "text" and "network" in known else {}
+    update = {"latent_dim": latent_dim, "pair": {**sequences, **options.pair}}
+    arguments = pair_arguments(name, options.model_copy(update=update))
+    hidden = arguments.get("hidden")
+    flat = hidden is None or isinstance(hidden, int) or all(isinstance(width, int) for width in hidden)
+    shared = {key: arguments.pop(key, None) for key in SHARED if key != "hidden" or flat}
+    if "hidden" in shared:
+        shared["hidden"] = (hidden,) if isinstance(hidden, int) else hidden and tuple(hidden)
     chosen = {
         "data": spec,
         "likelihood": likelihood,
         "scaling": data.scaling,
         "binarization": data.binarization,
-        "latent_dim": options.latent_dim or LATENT_DIMS[kind],
+        **shared,
+        "pair": arguments,
     }
     return options.model_copy(update=chosen), data
 
@@ -81,14 +105,9 @@ def build_pair(name: str, options: TrainOptions, data: DataSet) -> ModelGuidePai
         ValueError: no such system; the message lists those there are.
     """
     preset = system(name)
+    likelihood = _make_likelihood(name, options.likelihood or "", data.levels)
     with seeded(options.seed):
-        pair = preset(
-            data.data_shape,
-            _make_likelihood(options.likelihood or "", data.levels),
-            latent_dim=options.latent_dim,
-            hidden=options.hidden,
-            activation=options.activation,
-        )
+        pair = preset(data.data_shape, likelihood, **pair_arguments(name, options))
     assert isinstance(pair, ModelGuidePair)
     return pair
 
@@ -107,16 +126,28 @@ def _absolute(spec: str) -> str:
 
 
 def _levels_and_kind(spec: str, scaling: str | None) -> tuple[int | None, str]:
-    """The number of levels (None: continuous) and "image" or "point", from the list of data or from the file."""
+    """The number of levels (None: continuous) and the kind of data, from the list of data or from the file."""
     rows = {row["spec"].partition(":")[:2]: row for row in list_data()}
     row = rows.get(spec.partition(":")[:2])
-    if row is None or row["kind"] is None:
+    if row is None or row["kind"] in (None, "text"):
         data = load_data(spec, scaling=scaling)  # of what is no data, this says so
         return data.levels, data.kind
     return row["levels"], row["kind"]
 
 
-def _likelihood(spec: str, levels: int | None) -> str:
+def _likelihood_of_system(name: str, levels: int | None) -> str | None:
+    """What a system's programs ask for, whatever the data; None where the data decide."""
+    match name:
+        case "ddpm":
+            return "normal" if levels is None else "discretized_normal"
+        case "d3pm":
+            return "categorical"
+    return None
+
+
+def _likelihood(spec: str, levels: int | None, kind: str) -> str:
+    if kind == "text":
+        return "categorical"
     if spec in TOY_DENSITIES:
         return "normal"
     if levels is None:
@@ -138,12 +169,12 @@ def _scaling(spec: str, likelihood: str, levels: int | None) -> str | None:
     return LIKELIHOODS[likelihood].scaling
 
 
-def _make_likelihood(name: str, levels: int | None) -> Likelihood:
+def _make_likelihood(system_name: str, name: str, levels: int | None) -> Likelihood:
     match name:
         case "bernoulli":
             return Bernoulli()
         case "normal":
-            return Normal(scale="learned")
+            return Normal() if system_name == "ddpm" else Normal(scale="learned")
         case "categorical" if levels is not None:
             return Categorical(levels)
         case "discretized_normal" if levels is not None:

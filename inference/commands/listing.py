@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def data() -> None:
@@ -33,16 +34,41 @@ def data() -> None:
 def models() -> None:
     """List the systems that `ppl train` knows, and the likelihoods that go with them."""
     from inference.commands.choices import LIKELIHOODS
+    from inference.commands.pair_choices import SHARED, choices_of
     from inference.views.tables import text_table
     from ppl_models.registry import SYSTEMS, system
 
     systems = [[name, _summary(getattr(system(name), "__self__", system(name)))] for name in SYSTEMS]
     print(text_table(["system", "what"], systems))
+    shared = [key.replace("_", "-") for key in SHARED]
+    own = [
+        [name, key, _written(kind), _written_default(default)]
+        for name in SYSTEMS
+        for key, (kind, default) in choices_of(name).items()
+    ]
+    print("\n" + text_table(["system", "--pair", "values", "default"], own))
+    print(f"(--{', --'.join(shared)} are options of their own, too)")
     laws = [
         [name, law.scaling, "probabilities" if law.is_discrete else "densities", _summary(law)]
         for name, law in LIKELIHOODS.items()
     ]
     print("\n" + text_table(["--likelihood", "made for --scaling", "values have", "what"], laws))
+
+
+def _written(kind: Any) -> str:
+    """A type as a user would write its values."""
+    if kind in (int, float, str, bool):
+        return {int: "whole number", float: "number", str: "name", bool: "true or false"}[kind]
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_written(part) for part in parts))
+    return "[" + ", ".join(_written(part) for part in parts) + ", ...]"
+
+
+def _written_default(default: Any) -> str:
+    return "none" if default is None else str(list(default) if isinstance(default, tuple) else default)
 
 
 def _shown(value: Any) -> str:

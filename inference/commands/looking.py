@@ -15,6 +15,7 @@ from inference.commands.writing import FORCE, check_new, check_suffix, keep_reco
 
 if TYPE_CHECKING:
     from inference.bounds.terms import Decomposition
+    from ppl_models.pair import ModelGuidePair
 
 MAX_TILES = 1024  # of a picture of samples
 SAMPLES_AT_ONCE = 1024
@@ -56,12 +57,19 @@ def terms(
 
 def sample(
     run: RunFolder,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="a picture (.png, .svg, .pdf) or arrays (.npz: x, mean)")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="a picture (.png, .svg, .pdf) or arrays (.npz: x, mean); text goes to the screen, or to a .txt or .npz",
+            show_default=False,
+        ),
+    ] = None,
     num: Annotated[int, typer.Option("--num", "-n", metavar="N", min=1, help="how many samples")] = 64,
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
-    """Draw from the model: z ~ p(z), x ~ p(x | z), and the means E[x | z] at the same z."""
+    """Draw from the model: z ~ p(z), x ~ p(x | z), and the means E[x | z] at the same z; of text, print the draws."""
     import numpy as np
 
     from inference.commands.choices import seeded
@@ -69,11 +77,20 @@ def sample(
     from inference.training.runs import load_run
     from inference.views.plot_data import Samples, samples
 
-    suffix = check_suffix(out, ".png", ".svg", ".pdf", ".npz")
-    check_new(out, force=force)
-    if suffix != ".npz" and num > MAX_TILES:
+    suffix = None if out is None else check_suffix(out, ".png", ".svg", ".pdf", ".npz", ".txt")
+    if out is not None:
+        check_new(out, force=force)
+    if suffix not in (None, ".npz", ".txt") and num > MAX_TILES:
         raise ValueError(f"expected at most {MAX_TILES} samples in a picture, got {num}: write them to a .npz file")
     opened = load_run(run)
+    alphabet = opened.config["data"].get("alphabet")
+    if alphabet is not None:
+        _sample_text(opened.pair, alphabet, out, num, seed, force=force)
+        return
+    if out is None or suffix == ".txt":
+        raise ValueError(
+            f"expected --out with a picture (.png, .svg, .pdf) or arrays (.npz), got {out or 'none'}: this is no text"
+        )
     chunks = []
     with seeded(seed), Progress("drawing samples", num, unit="samples") as progress:
         for start in range(0, num, SAMPLES_AT_ONCE):
@@ -83,7 +100,7 @@ def sample(
     means = [chunk.means for chunk in chunks if chunk.means is not None]
     drawn = Samples(np.concatenate([chunk.draws for chunk in chunks]), np.concatenate(means) if means else None)
     if suffix == ".npz":
-        _write_arrays(out, drawn, force=force)
+        _write_arrays(out, {"x": drawn.draws} | ({} if drawn.means is None else {"mean": drawn.means}), force=force)
     else:
         from inference.views.figures import draw_samples, save_figure
         from inference.views.report import shown_range
@@ -219,14 +236,34 @@ def terms_record(d: Decomposition) -> dict[str, Any]:
     return {"units": shown.per, "num_particles": d.num_particles, "note": d.note, "terms": rows}
 
 
-def _write_arrays(path: Path, drawn: Any, *, force: bool) -> None:
+def _sample_text(pair: ModelGuidePair, alphabet: str, out: Path | None, num: int, seed: int, *, force: bool) -> None:
+    """Draws as strings: on the screen, or as they are in a .txt; or as classes in a .npz."""
+    from inference.ancestral import ancestral_sample
+    from inference.training.storage import write_atomic
+    from inference.training.text_data import decode, printable
+
+    if out is not None and out.suffix.lower() not in (".txt", ".npz"):
+        raise ValueError(f"expected a .txt or .npz for samples of text, got {out.name!r}: rename it, or leave --out away")
+    x = ancestral_sample(pair, num, seed=seed, batch_size=SAMPLES_AT_ONCE)
+    titled = [f"--- {i} of {num}\n{text}\n" for i, text in enumerate(decode(x, alphabet), 1)]
+    if out is None:
+        print(printable("".join(titled)), end="")
+    elif out.suffix.lower() == ".npz":
+        _write_arrays(out, {"x": x.numpy()}, force=force)
+    else:
+        check_new(out, force=force)
+        write_atomic(out, "".join(titled).encode())
+    if out is not None:
+        print(f"wrote {num} samples to {out}")
+
+
+def _write_arrays(path: Path, arrays: dict[str, Any], *, force: bool) -> None:
     import io
 
     import numpy as np
 
     from inference.training.storage import write_atomic
 
-    arrays = {"x": drawn.draws} | ({} if drawn.means is None else {"mean": drawn.means})
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     check_new(path, force=force)

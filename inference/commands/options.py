@@ -38,9 +38,12 @@ class TrainOptions(TrainConfig):
     binarization: Literal["none", "dynamic", "fixed"] | None = Field(
         None, description="grey values read as probabilities of 0 or 1: drawn anew at each use, or once"
     )
-    latent_dim: int | None = Field(None, ge=1, le=1_000_000, description="width of z")
-    hidden: tuple[int, ...] = Field((200, 200), description="hidden widths of the encoder; the decoder mirrors them")
-    activation: Literal["tanh", "relu", "silu", "gelu"] = Field("tanh", description="between the layers")
+    latent_dim: int | None = Field(None, ge=1, le=1_000_000, description="width of z, where the system has one")
+    hidden: tuple[int, ...] | None = Field(
+        None, description="hidden widths of the encoder, which the decoder mirrors; one width for a diffusion's network"
+    )
+    activation: Literal["tanh", "relu", "silu", "gelu"] | None = Field(None, description="between the layers")
+    pair: dict[str, Any] = Field(default_factory=dict, description="the system's other choices, by name")
 
     @field_validator("hidden", mode="before")
     @classmethod
@@ -50,8 +53,8 @@ class TrainOptions(TrainConfig):
 
     @field_validator("hidden")
     @classmethod
-    def _positive_widths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(not 1 <= width <= 1_000_000 for width in value):
+    def _positive_widths(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and any(not 1 <= width <= 1_000_000 for width in value):
             raise ValueError(f"hidden: expected widths in 1..1000000 such as 256,128, got {','.join(map(str, value))}")
         return value
 
@@ -72,13 +75,19 @@ class TrainOptions(TrainConfig):
         return yaml.safe_dump(ordered, sort_keys=False, default_flow_style=None).strip()
 
 
-def gather_options(given: Mapping[str, Any], assignments: Sequence[str] = (), file: Path | None = None) -> TrainOptions:
+def gather_options(
+    given: Mapping[str, Any],
+    assignments: Sequence[str] = (),
+    file: Path | None = None,
+    choices: Sequence[str] = (),
+) -> TrainOptions:
     """The options of one call, checked.
 
     Args:
         given: options of the command line by key; None where an option was left out.
         assignments: ``key=value`` each, the values in YAML.
         file: a YAML mapping of keys to values.
+        choices: ``key=value`` each, of the system's own choices.
 
     Raises:
         ConfigError: a key given twice, no such key, a value out of range, or no data; one sentence.
@@ -89,20 +98,29 @@ def gather_options(given: Mapping[str, Any], assignments: Sequence[str] = (), fi
         7
     """
     stated = {key: value for key, value in given.items() if value is not None}
-    for assignment in assignments:
-        key, sign, value = assignment.partition("=")
-        if not sign or not key:
-            raise ConfigError(f"--set: expected key=value, got {assignment!r}; write --set epochs=50, say")
-        if key in stated:
-            raise ConfigError(f"{key}: given twice on the command line; leave one of them out")
-        stated[key] = _value(key, value)
+    _assign("--set", "epochs=50", assignments, stated)
     options = {**(read_yaml(file) if file is not None else {}), **stated}
+    if choices:
+        chosen: dict[str, Any] = {}
+        _assign("--pair", "num_timesteps=100", choices, chosen)
+        options["pair"] = {**(options.get("pair") or {}), **chosen}
     if options.get("data") is None:
         raise ConfigError("data: expected --data and what to train on, got none; --data digits, say (`ppl data` lists)")
     try:
         return TrainOptions(**options)
     except ValidationError as error:
         raise ConfigError(explain(error, TrainOptions)) from None
+
+
+def _assign(option: str, example: str, assignments: Sequence[str], stated: dict[str, Any]) -> None:
+    """Adds ``key=value`` assignments to what was stated before."""
+    for assignment in assignments:
+        key, sign, value = assignment.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"{option}: expected key=value, got {assignment!r}; write {option} {example}, say")
+        if key in stated:
+            raise ConfigError(f"{key}: given twice on the command line; leave one of them out")
+        stated[key] = _value(key, value)
 
 
 def _value(key: str, text: str) -> Any:

@@ -55,8 +55,17 @@ def train(
         str | None, _option("binarization", "NAME", PAIR, default="none; dynamic for mnist under bernoulli")
     ] = None,
     latent_dim: Annotated[int | None, _option("latent_dim", "D", PAIR, default="16 for images, 2 for points")] = None,
-    hidden: Annotated[str | None, _option("hidden", "W1,W2,...", PAIR, default="200,200")] = None,
-    activation: Annotated[str | None, _option("activation", "NAME", PAIR)] = None,
+    hidden: Annotated[str | None, _option("hidden", "W1,W2,...", PAIR, default="the system's: 200,200 or 256")] = None,
+    activation: Annotated[str | None, _option("activation", "NAME", PAIR, default="tanh")] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="a choice of the system's own, such as num_timesteps=200 for ddpm; `ppl models` lists them",
+            rich_help_panel=PAIR,
+        ),
+    ] = None,
+    objective: Annotated[str | None, _option("objective", "NAME", TRAINING)] = None,
     epochs: Annotated[int | None, _option("epochs", "N", TRAINING)] = None,
     batch_size: Annotated[int | None, _option("batch_size", "N", TRAINING)] = None,
     learning_rate: Annotated[
@@ -91,13 +100,14 @@ def train(
         "latent_dim": latent_dim,
         "hidden": hidden,
         "activation": activation,
+        "objective": objective,
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "seed": seed,
         "device": device,
     }
-    options = gather_options(given, assignments or [], config)
+    options = gather_options(given, assignments or [], config, pair or [])
     with cpu_threads(threads):
         run_training(system, options, out, resume=resume)
 
@@ -123,7 +133,7 @@ def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool 
     from ppl_models.registry import system as known_system
 
     known_system(system)
-    chosen, dataset = choose(options)
+    chosen, dataset = choose(system, options)
     pair = build_pair(system, chosen, dataset)
     print(f"# configuration of ppl train {system} --out {out}\n{chosen.text()}\n", flush=True)
     try:

@@ -6,7 +6,7 @@ is only ever resumed under the very configuration that it was started with.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -36,8 +36,34 @@ class TrainConfig(BaseModel):
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly")
     gradient_clip: float | None = Field(None, gt=0, description="largest gradient norm")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, which are then the model's")
+    objective: Literal[
+        "auto",
+        "elbo",
+        "iwae",
+        "dreg",
+        "enumeration",
+        "score_function",
+        "gumbel_softmax",
+        "straight_through",
+        "vlb",
+        "simple",
+        "hybrid",
+    ] = Field("auto", description="what is minimised; auto: the pair's own")
     num_particles: int = Field(1, ge=1, description="draws per datum and step")
-    kl_warmup_epochs: float = Field(0.0, ge=0, description="epochs over which the weight of the rate rises from 0 to 1")
+    timesteps: Literal["stratified", "uniform", "loss_second_moment"] = Field(
+        "stratified", description="how a diffusion's t is drawn"
+    )
+    auxiliary_weight: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="of a diffusion's auxiliary loss beside the bound (hybrid)"
+    )
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of relaxed categorical draws")
+    temperature_end: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="to which the temperature falls over the run"
+    )
+    kl_warmup_epochs: Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        0.0,
+        description="epochs over which the weight of the rate rises from 0 to 1; several: one for each latent site, top first",
+    )
     free_bits: float = Field(0.0, ge=0, description="nats per latent site below which its rate is not pressed")
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="part of the training data put aside to validate on"
@@ -58,6 +84,12 @@ class TrainConfig(BaseModel):
                 "put a part of the training data aside, 0.1 say"
             )
         return self
+
+    @property
+    def longest_warmup(self) -> float:
+        """Epochs after which every rate has its full weight."""
+        warmup = self.kl_warmup_epochs
+        return max(warmup, default=0.0) if isinstance(warmup, tuple) else warmup
 
 
 def make_config(options: dict[str, Any]) -> TrainConfig:

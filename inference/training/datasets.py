@@ -36,6 +36,7 @@ from inference.training.scaling import (
     to_tensor,
 )
 from inference.training.sources import Source, read_digits, read_images, read_mnist, read_npz, read_toy
+from inference.training.text_data import WINDOW, read_text
 
 __all__ = [
     "BINARIZATIONS",
@@ -55,6 +56,7 @@ __all__ = [
     "num_batches",
 ]
 
+KINDS = ("image", "point", "text")
 _SPLIT_SEEDS = {"train": 0, "test": 1}
 
 
@@ -71,8 +73,9 @@ class DataSet:
         levels: the number of levels of quantised data (of the grey values, before any binarisation); None: continuous.
         scaling: one of `SCALINGS`.
         binarization: one of `BINARIZATIONS`; "dynamic": `train` holds probabilities, to be passed through `binarize`.
-        kind: "image" or "point".
+        kind: one of `KINDS`.
         split: how the held-out part came about, in words.
+        alphabet: of text, the character of each class in one string; None for all else.
 
     Raises:
         DataError: values, shapes or labels that are not what the rest states.
@@ -88,11 +91,17 @@ class DataSet:
     binarization: str = "none"
     kind: str = "point"
     split: str = "as given"
+    alphabet: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("scaling", self.scaling, SCALINGS)
         _check_choice("binarization", self.binarization, BINARIZATIONS)
-        _check_choice("kind", self.kind, ("image", "point"))
+        _check_choice("kind", self.kind, KINDS)
+        if (self.kind == "text") != (self.alphabet is not None) or (self.alphabet and len(self.alphabet) != self.levels):
+            raise DataError(
+                f"alphabet: expected as many characters as levels ({self.levels}) with kind 'text' and only there, got "
+                f"{self.alphabet!r:.40} with {self.kind!r}; state both"
+            )
         if self.binarization != "none" and self.scaling != "unit":
             raise DataError(
                 f"binarization {self.binarization!r} reads values as probabilities and needs scaling 'unit', "
@@ -142,21 +151,29 @@ class DataSet:
             "scaling": self.scaling,
             "binarization": self.binarization,
             "labels": self.train_labels is not None,
+            **({} if self.alphabet is None else {"alphabet": self.alphabet}),
         }
 
 
 def load_data(
-    spec: str, *, scaling: str | None = None, binarization: str | None = None, image_size: int | None = None
+    spec: str,
+    *,
+    scaling: str | None = None,
+    binarization: str | None = None,
+    image_size: int | None = None,
+    alphabet: str | None = None,
 ) -> DataSet:
     """Data by name.
 
     Args:
-        spec: one of `list_data()`: "digits", a toy density, "mnist:FOLDER", "npz:FILE" or "images:FOLDER".
+        spec: one of `list_data()`: "digits", a toy density, "mnist:FOLDER", "npz:FILE", "images:FOLDER", "text:FILE" or
+            "text:FILE@L", in windows of L characters.
         scaling: of quantised data; None: "none", counts 0..levels-1 as floating point numbers. Continuous data are
             never changed: "none" for toy densities; for floats in an npz file a statement that is checked, as in
-            `as_dataset`.
+            `as_dataset`. Characters are "classes".
         binarization: one of `BINARIZATIONS`, None: "none"; needs scaling "unit".
         image_size: side in pixels, for "images:FOLDER" only.
+        alphabet: whose classes are meant, for "text:FILE" only; None: the text's own.
 
     Returns:
         DataSet with floating point data in torch's default dtype (int64 for "classes").
@@ -173,9 +190,12 @@ def load_data(
         "mnist": read_mnist,
         "npz": read_npz,
         "images": lambda folder: read_images(folder, image_size),
+        "text": lambda file: read_text(file, alphabet),
     }
     if image_size is not None and reader != "images":
         raise DataError(f"image_size: expected only with images:FOLDER, got it with {spec!r}; leave it out")
+    if alphabet is not None and reader != "text":
+        raise DataError(f"alphabet: expected only with text:FILE, got it with {spec!r}; leave it out")
     if spec == "digits":
         source = read_digits()
     elif spec in TOY_DENSITIES:
@@ -187,6 +207,13 @@ def load_data(
     else:
         known = ", ".join(row["spec"] for row in list_data())
         raise DataError(f"data: expected one of {known}, got {spec!r}; `ppl data` lists them")
+    if source.alphabet is not None:
+        if scaling not in (None, "classes") or binarization not in (None, "none"):
+            raise DataError(
+                f"text: characters are classes, with scaling 'classes' and binarization 'none', got {scaling!r} and "
+                f"{binarization!r}; leave them out"
+            )
+        scaling = "classes"
     if scaling is None and source.levels is not None:
         scaling = "none"
     return _state(source, scaling, binarization)
@@ -257,6 +284,7 @@ def list_data() -> list[dict[str, Any]]:
     toys = [(name, toy.formula, "point", [2], 8000, 2000, None) for name, toy in TOY_DENSITIES.items()]
     folder = "png and jpg files, or train/ and test/ with them (needs ppl-models[images])"
     arrays = "numpy arrays: train; optionally test, train_labels, test_labels, levels"
+    text = f"the characters of a UTF-8 text, in windows of {WINDOW}; of L with text:FILE@L"
     entries = [
         ("digits", "scikit-learn's handwritten digits", "image", [8, 8], 1500, 297, 17),
         *toys,
@@ -271,12 +299,14 @@ def list_data() -> list[dict[str, Any]]:
         ),
         ("npz:FILE", arrays, None, None, None, None, None),
         ("images:FOLDER", folder, "image", None, None, None, 256),
+        ("text:FILE", text, "text", None, None, None, None),
     ]
     rows: list[dict[str, Any]] = [dict(zip(columns, entry, strict=True)) for entry in entries]
     for row in rows:
         continuous = row["kind"] == "point"
-        row["scaling"] = ["none"] if continuous else list(SCALINGS)
-        row["binarization"] = ["none"] if continuous else list(BINARIZATIONS)
+        characters = row["kind"] == "text"
+        row["scaling"] = ["classes"] if characters else ["none"] if continuous else list(SCALINGS)
+        row["binarization"] = ["none"] if continuous or characters else list(BINARIZATIONS)
     return rows
 
 
@@ -308,8 +338,9 @@ def _state(source: Source, scaling: str | None, binarization: str | None) -> Dat
         levels=source.levels,
         scaling=stated,
         binarization=drawn,
-        kind="image" if dims >= 2 else "point",
+        kind="text" if source.alphabet is not None else "image" if dims >= 2 else "point",
         split=source.split,
+        alphabet=source.alphabet,
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -26,8 +27,9 @@ from inference.training.batches import iterate
 from inference.training.divergence import TrainingDiverged, first_bad_term
 from inference.training.items import first_entry
 from inference.training.noise import noise_seed, seed_noise
-from inference.training.objectives import ElboLoss
 from inference.training.scaling import binarize
+from ppl_models.diffusion import Diffusion
+from ppl_models.pair import ModelGuidePair
 
 ACTIVE_VARIANCE = 0.01
 Reduce = Callable[[Tensor], Tensor]
@@ -51,7 +53,7 @@ class Evaluation:
 
 
 def evaluate(
-    loss: ElboLoss,
+    loss: Any,
     data: Tensor | Dataset,
     batch_size: int,
     *,
@@ -67,7 +69,7 @@ def evaluate(
     """The bound of ``loss.pair`` over ``data``, without gradients; the caller's random state is restored.
 
     Args:
-        loss: the bound, with its number of draws.
+        loss: the bound, with its number of draws: :class:`ElboLoss` or one like it, with ``pair``, ``terms`` and ``latents``.
         data: ``[N, *data_shape]`` or a Dataset of such.
         batch_size: data at a time.
         seed: of the draws; the same seed gives the same figure, so epochs compare on common noise.
@@ -83,6 +85,7 @@ def evaluate(
         TrainingDiverged: a term that is NaN or infinite; the message names site and datum.
 
     Example:
+        >>> from inference import ElboLoss
         >>> from ppl_models import LinearGaussian
         >>> pair = LinearGaussian.random(data_dim=3, latent_dim=2)
         >>> x = pair.model(size=10).detach()
@@ -93,7 +96,9 @@ def evaluate(
     pair = loss.pair
     modes = [(module, module.training) for module in pair.modules()]
     pair.eval()
-    sums, units = _Sums(), _Units(pair.latent_sites)
+    # A diffusion's latents are the process's, with nothing learned in them to be active.
+    sites = () if isinstance(pair, Diffusion) else pair.latent_sites
+    sums, units = _Sums(), _Units(sites)
     try:
         with torch.no_grad(), forked_rng():
             batches = iterate(data, batch_size, epoch=0, seed=0, shuffle=False, device=device, rank=rank, world=world)
@@ -103,12 +108,12 @@ def evaluate(
                     x = binarize(x) if dynamic else x
                     terms = loss.terms(x)
                     _refuse_not_finite(terms, indices.cpu() if rows is None else rows[indices.cpu()])
-                    sums.add({name: term.detach().cpu().double() for name, term in terms.items()}, pair.latent_sites)
-                    units.add(guide_means(loss, x))
+                    sums.add({name: term.detach().cpu().double() for name, term in terms.items()}, loss.latents)
+                    units.add(guide_means(pair, x, sites))
                 each_batch()
             if sums.count == 0:  # this process had no share at all, but must know the shapes that it adds nothing to
                 x = first_entry(data[0])[None].to(device)
-                units.add({site: torch.zeros_like(mean[:0]) for site, mean in guide_means(loss, x).items()})
+                units.add({site: torch.zeros_like(mean[:0]) for site, mean in guide_means(pair, x, sites).items()})
     finally:
         for module, mode in modes:
             module.training = mode
@@ -136,11 +141,13 @@ def bits_per_dim(elbo: float, data_shape: torch.Size) -> float:
     return -elbo / (max(1, math.prod(data_shape)) * math.log(2))
 
 
-def guide_means(loss: ElboLoss, x: Tensor) -> dict[str, Tensor]:
+def guide_means(pair: ModelGuidePair, x: Tensor, sites: tuple[str, ...]) -> dict[str, Tensor]:
     """E_q[u | x] of each latent site that has a mean, ``[B, d]`` in float64; given draws of what is above it."""
-    trace = poutine.trace(loss.pair.guide).get_trace(x)
+    if not sites:
+        return {}
+    trace = poutine.trace(pair.guide).get_trace(x)
     means = {}
-    for site in loss.pair.latent_sites:
+    for site in sites:
         law = trace.nodes[site]["fn"]
         try:
             mean = law.mean

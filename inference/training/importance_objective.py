@@ -35,7 +35,7 @@ from torch.func import functional_call
 
 from inference.bounds.particles import forked_rng
 from inference.bounds.sites import PairError, Site
-from inference.training.objectives import ElboLoss, sum_terms
+from inference.training.objectives import ElboLoss, TrainingStep, sum_terms
 from ppl_models.pair import ModelGuidePair
 
 Gradient = Literal["iwae", "doubly_reparameterized"]
@@ -80,23 +80,35 @@ class ImportanceWeightedLoss(ElboLoss):
 
     def forward(self, x: Tensor) -> Tensor:
         """-log (1/K) sum_k w_k of each datum of ``x`` ``[B, *data_shape]``: ``[B]`` nats."""
+        return self._reduced(self.log_weights(x))
+
+    def step(self, x: Tensor) -> TrainingStep:
+        """The loss, and the ELBO's terms averaged over the same K draws."""
+        by_draw = self._terms_by_draw(x)
+        means = {name: term.detach().mean(0) for name, term in by_draw.items()}
+        return TrainingStep(self._reduced(sum_terms(by_draw)), means)
+
+    def log_weights(self, x: Tensor) -> Tensor:
+        """log w_k, ``[K, B]`` nats, of fresh draws; differentiable as ``gradient`` says once reduced by ``logsumexp``."""
+        return sum_terms(self._terms_by_draw(x))
+
+    def _reduced(self, log_weights: Tensor) -> Tensor:
+        if self.num_particles == 1:
+            return -log_weights[0]
+        return math.log(self.num_particles) - torch.logsumexp(log_weights, 0)
+
+    def _terms_by_draw(self, x: Tensor) -> dict[str, Tensor]:
+        """Each site's part of log w_k, ``[K, B]``."""
         if self.closed_sites is None:
             self._prepare(x)
         if self.gradient == "doubly_reparameterized" and self.pair.training not in self._repeats_in_mode:
             self._check_guide_repeats(x)
-        if self.num_particles == 1:
-            return -self.log_weights(x)[0]
-        return math.log(self.num_particles) - torch.logsumexp(self.log_weights(x), 0)
-
-    def log_weights(self, x: Tensor) -> Tensor:
-        """log w_k, ``[K, B]`` nats, of fresh draws; differentiable as ``gradient`` says once reduced by ``logsumexp``."""
         with self._particle_plate():
-            plain = self.gradient == "iwae"
-            log_weights = sum_terms(self._terms(x)) if plain else self._log_weights_through_draws(x)
-        return log_weights[None] if self.num_particles == 1 else log_weights
+            terms = self._terms(x) if self.gradient == "iwae" else self._terms_through_draws(x)
+        return {name: term[None] for name, term in terms.items()} if self.num_particles == 1 else terms
 
-    def _log_weights_through_draws(self, x: Tensor) -> Tensor:
-        """log w_k with d log q through the draws alone, and v_k applied once more to what reaches the draws."""
+    def _terms_through_draws(self, x: Tensor) -> dict[str, Tensor]:
+        """The parts of log w_k with d log q through the draws alone, and v_k applied once more to what reaches the draws."""
         path = _PathWeights(self.num_particles, self.nesting)
         drawn = poutine.trace(self.pair.guide).get_trace(x)
         draws = _with_values(drawn, path)
@@ -107,10 +119,10 @@ class ImportanceWeightedLoss(ElboLoss):
         terms = {name: self._per_datum(site["log_prob"]) for name, site in model.nodes.items() if _is_random(site)}
         for name, site in guide.nodes.items():
             if _is_random(site) and not (name in model.nodes and model.nodes[name]["is_observed"]):
-                terms[f"q {name}"] = -self._per_datum(site["log_prob"])
-        log_weights = sum_terms(terms)
-        path.set(log_weights)
-        return log_weights
+                log_q = self._per_datum(site["log_prob"])
+                terms[name] = terms[name] - log_q if name in terms else -log_q
+        path.set(sum_terms(terms))
+        return terms
 
     def _particle_plate(self) -> Any:
         if self.num_particles == 1:

@@ -18,6 +18,7 @@ from inference.training.datasets import as_dataset
 from inference.training.inputs import fingerprint, prepare_inputs
 from inference.training.launching import Job, launch
 from inference.training.metrics import check_tensorboard
+from inference.training.objective_choice import objective_of, warmup_epochs
 from inference.training.runs import FORMAT, Run, RunError, description_of, environment, load_run, save_model
 from inference.training.storage import RunLock, make_folder
 from inference.training.texts import read_yaml, write_json, write_yaml
@@ -58,6 +59,9 @@ def fit(
         levels: number of levels of integer data.
         options: fields of :class:`TrainConfig`.
 
+    The objective is the pair's own unless stated: ``objective="iwae"``, ``"simple"``, ... ; see
+    :mod:`inference.training.objective_choice`.
+
     Returns:
         :class:`Run`: the trained pair, its configuration and metrics.
 
@@ -84,6 +88,8 @@ def fit(
     spec = data if isinstance(data, str) else spec
     folder = None if out is None else Path(out)
     _check_config(config, folder, resume)
+    objective_of(pair, config)
+    warmup_epochs(config, pair)
     likelihood = getattr(pair, "likelihood", None)
     if scaling is None and _is_integer(data) and getattr(likelihood, "scaling", None) == "classes":
         scaling, levels = "classes", levels or likelihood.num_classes  # type: ignore[union-attr]

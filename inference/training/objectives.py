@@ -11,7 +11,8 @@ The one constraint: every site is inside the data plate at dim -1, so that each 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -33,6 +34,16 @@ class NotReparameterizedError(ValueError):
 
 class PrecisionError(ValueError):
     """A log-density that comes out in half precision; the message names the site."""
+
+
+class TrainingStep(NamedTuple):
+    """What one training step sees: each site's term of the bound ``[B]`` nats, and what is minimised ``[B]``.
+
+    ``objective`` is None where it is the bound itself, which :func:`training_objective` may weight by site.
+    """
+
+    objective: Tensor | None
+    terms: dict[str, Tensor]
 
 
 class ElboLoss(nn.Module):
@@ -75,6 +86,15 @@ class ElboLoss(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """-ELBO of each datum of ``x`` ``[B, *data_shape]``: ``[B]`` nats."""
         return -sum_terms(self.terms(x))
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Which of :meth:`terms` are latent sites, whose terms are minus a rate."""
+        return self.pair.latent_sites
+
+    def step(self, x: Tensor) -> TrainingStep:
+        """What a training step of :func:`inference.fit` minimises and reports."""
+        return TrainingStep(None, self.terms(x))
 
     def terms(self, x: Tensor) -> dict[str, Tensor]:
         """Each site's term E_q[log p - log q], ``[B]`` nats, differentiable; their sum is the ELBO.
@@ -162,7 +182,7 @@ def sum_terms(terms: dict[str, Tensor]) -> Tensor:
 def training_objective(
     terms: dict[str, Tensor],
     latents: tuple[str, ...],
-    rate_weight: float = 1.0,
+    rate_weight: float | Sequence[float] = 1.0,
     free_bits: float = 0.0,
     batch_size: int | None = None,
     all_sum: Callable[[Tensor], Tensor] = lambda values: values,
@@ -176,7 +196,7 @@ def training_objective(
     Args:
         terms: each site's term, ``[b]`` nats, as from :meth:`ElboLoss.terms`.
         latents: which of them are latent.
-        rate_weight: in [0, 1] during warm-up, 1 afterwards.
+        rate_weight: in [0, 1] during warm-up, 1 afterwards; or one for each of ``latents``.
         free_bits: lambda >= 0, nats; a site whose mean rate is below has no gradient from it.
         batch_size: B of the whole batch, of which ``terms`` may be one process's share; None: b.
         all_sum: sums a tensor over processes.
@@ -198,6 +218,8 @@ def training_objective(
     if free_bits > 0:
         pressed = all_sum(rates.detach().float()) > free_bits
         rates = torch.where(pressed, rates, torch.full_like(rates, free_bits * share))
+    if isinstance(rate_weight, Sequence):
+        return objective + sum(weight * rate for weight, rate in zip(rate_weight, rates, strict=True))
     return objective + rate_weight * rates.sum()
 
 

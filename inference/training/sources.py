@@ -40,6 +40,7 @@ class Source:
     split: str
     train_labels: Tensor | None = None
     test_labels: Tensor | None = None
+    alphabet: str | None = None  # of text: the character of each class
 
 
 def read_digits() -> Source:

@@ -26,7 +26,8 @@ from inference.training.evaluation import Evaluation, bits_per_dim, evaluate
 from inference.training.inputs import Inputs
 from inference.training.interrupts import StopRequest
 from inference.training.noise import BINARIZATION, TRAINING, VALIDATION, noise_seed, seed_noise
-from inference.training.objectives import ElboLoss, join_idle, rate_weight, training_objective
+from inference.training.objective_choice import loss_buffers, make_loss, make_report, warmup_epochs
+from inference.training.objectives import join_idle, rate_weight, training_objective
 from inference.training.optimizers import Optimization, learning_rate_factor
 from inference.training.processes import all_rows, all_sum, first_text, in_any_process
 from inference.training.records import Records
@@ -66,14 +67,15 @@ class Trainer:
         self.pair, self.inputs, self.config = pair, inputs, config
         self.records, self.display, self.autocast = records, display, autocast
         self.rank, self.world = rank, world
-        self.loss = ElboLoss(pair, num_particles=config.num_particles)
         self.num_data = len(inputs.rows)
         self.batches = num_batches(self.num_data, config.batch_size)
         self.total_steps = config.epochs * self.batches
+        self.loss = make_loss(pair, config, self.total_steps)
         self.optimization = Optimization(pair, config, self.total_steps)
         self.model: ModelGuidePair = self.optimization.model  # the averaged pair with ``ema``: it is reported and saved
-        self.warmup = config.kl_warmup_epochs * self.batches  # steps
+        self.warmups = [epochs * self.batches for epochs in warmup_epochs(config, pair)]  # steps
         self.device = self.optimization.parameters[0].device
+        self.loss.to(self.device)
         self.epoch = self.batch = 0  # epochs done, and batches done of the one under way
         self.sums = torch.zeros(3, dtype=torch.float64)  # data, rate and distortion of the epoch under way
         self.rows: list[dict[str, float]] = []
@@ -139,6 +141,8 @@ class Trainer:
             seed_noise(self._seed(BINARIZATION), self.device)
             x = binarize(x)
         seed_noise(self._seed(TRAINING), self.device)
+        if hasattr(self.loss, "anneal"):
+            self.loss.anneal(self.step)
         self.optimization.clear()
         rate, distortion = self._backward(indices, x)
         norm = self.optimization.gradient_norm().item()
@@ -152,7 +156,7 @@ class Trainer:
 
     def _backward(self, indices: Tensor, x: Tensor) -> tuple[float, float]:
         """Gradients of this process's share of the objective; its sums of rate and distortion, in nats."""
-        latents, free_bits = self.pair.latent_sites, self.config.free_bits
+        latents, free_bits = self.loss.latents, self.config.free_bits
         if not len(indices):
             if free_bits > 0:
                 join_idle(len(latents), all_sum)
@@ -160,16 +164,24 @@ class Trainer:
         size = min(self.config.batch_size, self.num_data - self.batch * self.config.batch_size)
         try:
             with self.autocast():
-                terms = self.loss.terms(x)
+                objective, terms = self.loss.step(x)
         except NotANumberError:  # at the run's first step, before any closed form is chosen
             self.loss.closed_sites = frozenset()
             self._diverged(self._diagnosis(indices, x))
         except torch.linalg.LinAlgError as error:
             raise TrainingDiverged(f"the programs failed in step {self.step + 1} ({error}): {REMEDY}") from error
-        training_objective(terms, latents, rate_weight(self.step, self.warmup), free_bits, size, all_sum).backward()
+        if objective is None:
+            objective = training_objective(terms, latents, self._rate_weights(self.step), free_bits, size, all_sum)
+        else:
+            objective = objective.sum() / size
+        objective.backward()
         sums = dict(zip(terms, torch.stack([term.detach().sum() for term in terms.values()]).tolist(), strict=True))
         rate = -sum(sums[site] for site in latents)
         return rate, -sum(sums.values()) - rate
+
+    def _rate_weights(self, step: int) -> list[float]:
+        """The weight of each latent site's rate after ``step`` steps."""
+        return [rate_weight(step, warmup) for warmup in self.warmups]
 
     def _diagnosis(self, indices: Tensor, x: Tensor) -> str | None:
         """What is not finite in this process's share of the step, and where."""
@@ -195,7 +207,7 @@ class Trainer:
             "epoch": float(self.epoch + 1),
             "step": float(self.step),
             "learning_rate": self.config.learning_rate * learning_rate_factor(last, self.config, self.total_steps),
-            "rate_weight": rate_weight(last, self.warmup),
+            "rate_weight": min(self._rate_weights(last), default=1.0),
             "train_elbo": -(rate + distortion),
             "train_rate": rate,
             "train_distortion": distortion,
@@ -224,8 +236,7 @@ class Trainer:
         Raises:
             TrainingDiverged: it is not finite.
         """
-        loss = ElboLoss(self.model)
-        loss.closed_sites, loss.nesting = self.loss.closed_sites, self.loss.nesting
+        loss = make_report(self.model, self.loss)
         try:
             with self.autocast():
                 return evaluate(
@@ -264,11 +275,12 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on."""
-        closed = self.loss.closed_sites
+        closed = getattr(self.loss, "closed_sites", None)
         return {
             "optimization": self.optimization.state(),
             "closed_sites": None if closed is None else sorted(closed),
-            "nesting": self.loss.nesting,
+            "nesting": getattr(self.loss, "nesting", 1),
+            "loss": loss_buffers(self.loss),
             "epoch": self.epoch,
             "batch": self.batch,
             "sums": all_rows(self.sums),
@@ -291,6 +303,8 @@ class Trainer:
                 raise CheckpointError(f"the checkpoint is of another pair: {error}; resume with that one") from error
             closed = state["closed_sites"]
             self.loss.closed_sites, self.loss.nesting = None if closed is None else frozenset(closed), state["nesting"]
+            for name, buffer in loss_buffers(self.loss).items():
+                buffer.copy_(state["loss"][name])
             self.epoch, self.batch = state["epoch"], state["batch"]
             self.sums = state["sums"][self.rank].clone()
             self.rows, self.finished = state["rows"], state["finished"]

@@ -86,7 +86,8 @@ class GaussianEncoder(nn.Module):
         """``x`` of shape ``[..., *data_shape]`` to ``(loc, scale)``, each ``[..., latent_dim]``."""
         n = len(self.data_shape)
         if self.num_classes is not None:
-            x = nn.functional.one_hot(x, self.num_classes)
+            classes = torch.eye(self.num_classes, dtype=next(self.body.parameters()).dtype, device=x.device)
+            x = nn.functional.embedding(x, classes)  # one-hot; torch's own reads values, which a traced graph cannot
             n += 1
         flat = x.reshape(*x.shape[: x.dim() - n], -1).to(next(self.body.parameters()).dtype)
         loc, log_scale = self.body(flat).chunk(2, dim=-1)

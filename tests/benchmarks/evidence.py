@@ -42,7 +42,7 @@ from ppl_models.likelihoods import Bernoulli
 
 ROOT = Path(__file__).parents[2]
 INK = 0.13
-ROWS = 2**21 // 892  # decoder rows at once, about log_evidence's own chunk
+ROWS = 2**21 // 892  # decoder rows at once, log_evidence's own chunk
 
 
 def vae_and_data(num_data: int, mnist: str | None) -> tuple[VAE, Tensor]:

@@ -1,0 +1,269 @@
+"""``compile_objective``: a loss of a pair at the speed of bare tensor code.
+
+Pyro's handlers cost Python time at each site and step. A loss is called once as it is, traced at those shapes to a flat graph
+of its values and gradient (:mod:`.flat_graph`), compared with itself on the same draws, and handed to a compiler. What is
+traced is the law, not the draws: noise is fresh at each call and comes from torch's generator.
+
+    fast = compile_objective(loss, x)
+    fast(x).mean().backward()           # in place of loss(x).mean().backward()
+
+A graph holds for one *signature*: shape and dtype of x, dtypes and devices of the parameters, which of them are trained,
+which modules are in training mode, autocasting, and whether gradients are recorded. Another signature is traced when it is
+met, and runs uncompiled until it has been met often enough to be worth compiling. Each such event is logged in a sentence.
+
+The one constraint: what is no parameter, buffer or x is frozen as it was when traced, such as the number of particles; and
+no Python decision may hang on a tensor's value.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_flatten
+
+from inference.bounds.particles import forked_rng
+from inference.training.flat_graph import Backend, FlatGraph, InPlaceError, Sample
+from inference.training.module_state import ModuleState
+from inference.training.traceability import NotTraceableError, check_same, explain, gradients_of_sum
+
+__all__ = ["CompiledObjective", "NotTraceableError", "compile_objective"]
+
+COMPILE_AFTER = 20  # calls at a signature other than the example's
+MAX_GRAPHS = 16
+
+_LOG = logging.getLogger(__name__)
+
+
+def compile_objective(
+    loss: nn.Module,
+    example: Tensor,
+    method: str = "forward",
+    backend: str | Backend = "inductor",
+    mode: str | None = None,
+) -> CompiledObjective:
+    """A loss of a pair as flat compiled graphs: the same values in law, the same gradients, called like the loss.
+
+    Parameters and buffers are read from the loss at each call, so that optimisers, ``load_state_dict`` and gradient
+    accumulation work as ever. Tracing and compiling draw no random numbers and change no buffer.
+
+    Args:
+        loss: ``loss(x)``, as :class:`inference.ElboLoss`; its modules stay the ones that they are.
+        example: data ``[B, *data_shape]``, of the size of most batches.
+        method: which of the loss's methods to compile, as ``"terms"`` or ``"step"``; any nest of tensors may come back.
+        backend: ``"inductor"``; ``"eager"`` for the flat graph as it is; or ``backend(graph, example inputs) -> callable``.
+        mode: of inductor, as ``torch.compile`` has it; ``"reduce-overhead"`` replays CUDA graphs.
+
+    Returns:
+        The compiled loss, a module with the loss's parameters. Without a working compiler it runs the flat graph
+        uncompiled and says so in a logged warning.
+
+    Raises:
+        NotTraceableError: control flow or shapes that depend on values, a tensor that is not registered, or a graph that
+            does not give the loss's own values and gradients on the same draws.
+        InPlaceError: the loss changes data or parameters in place.
+        TypeError: the loss is no module, or the example no tensor.
+        ValueError: an unknown backend, or a mode with another backend than inductor.
+
+    Example:
+        >>> from inference.training.objectives import ElboLoss
+        >>> from ppl_models import VAE
+        >>> from ppl_models.likelihoods import Bernoulli
+        >>> loss, x = ElboLoss(VAE.preset((6,), Bernoulli(), latent_dim=2, hidden=(4,))), torch.ones(5, 6)
+        >>> fast = compile_objective(loss, x, backend="eager")
+        >>> def draw(objective):
+        ...     torch.manual_seed(0)
+        ...     return objective(x)
+        >>> bool(torch.allclose(draw(fast), draw(loss))), bool((fast(x) == fast(x)).any())
+        (True, False)
+    """
+    if not isinstance(loss, nn.Module):
+        raise TypeError(f"expected a loss that is a torch module, got {type(loss).__name__}: use ElboLoss(pair), say")
+    if not isinstance(example, Tensor):
+        raise TypeError(f"expected example data as one tensor, got {type(example).__name__}")
+    options: dict[str, Any] = {}
+    if backend == "inductor":
+        import torch._inductor
+
+        options = torch._inductor.list_mode_options(mode) if mode else options
+    elif mode is not None:
+        raise ValueError(f"expected a mode with backend 'inductor' only, got {mode!r} with {backend!r}")
+    elif isinstance(backend, str) and backend != "eager":
+        raise ValueError(f"expected backend 'inductor', 'eager' or a callable, got {backend!r}")
+    fast = CompiledObjective(loss, method, None if backend == "eager" else backend, options)
+    fast.prepare(example)
+    return fast
+
+
+@dataclass
+class _Traced:
+    graph: FlatGraph
+    compiled: bool = False
+    calls: int = 0
+
+
+class CompiledObjective(nn.Module):
+    """A loss as flat graphs, called like the loss; made by :func:`compile_objective`.
+
+    Attributes:
+        loss: the loss itself; its parameters and buffers are this module's.
+        history: what was traced, compiled or left uncompiled, and the seconds that it took: a sentence each.
+    """
+
+    def __init__(self, loss: nn.Module, method: str, backend: str | Backend | None, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.loss, self.method = loss, method
+        self.history: list[str] = []
+        self._options = options
+        self._backend: Backend | None = self._inductor if isinstance(backend, str) else backend
+        self._graphs: dict[Any, _Traced | None] = {}
+        self._traced_modules = list(loss.modules())
+        self._state = ModuleState(loss)
+
+    def forward(self, x: Tensor) -> Any:
+        """What the loss's method returns at ``x``, on fresh draws."""
+        inputs = [*self._state.read(), x.contiguous()]
+        traced = self._traced(inputs)
+        if traced is None:
+            return getattr(self.loss, self.method)(x)
+        if not traced.compiled and self._backend is not None:
+            traced.calls += 1
+            if traced.calls == COMPILE_AFTER:
+                self._compile(traced, inputs)
+        return traced.graph(inputs)
+
+    def prepare(self, x: Tensor) -> None:
+        """Traces and compiles for batches like ``x``, if that has not been done; see :func:`compile_objective`."""
+        inputs = [*self._state.read(), x.contiguous()]
+        traced = self._traced(inputs)
+        if traced is not None and not traced.compiled and self._backend is not None:
+            self._compile(traced, inputs)
+
+    def _traced(self, inputs: list[Tensor]) -> _Traced | None:
+        key = self._signature(inputs)
+        return self._graphs[key] if key in self._graphs else self._meet(key, inputs)
+
+    def _signature(self, inputs: list[Tensor]) -> Any:
+        """All that a graph is traced for."""
+        device = inputs[-1].device.type
+        return (
+            torch.is_grad_enabled(),
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            tuple([module.training for module in self._traced_modules]),
+            tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in inputs]),
+        )
+
+    def _meet(self, key: Any, inputs: list[Tensor]) -> _Traced | None:
+        """Traces for a signature not met before; None, and the loss itself from then on, where there were too many."""
+        if len(self._graphs) >= MAX_GRAPHS:
+            if None not in self._graphs.values():
+                self._say(
+                    f"{MAX_GRAPHS} signatures were traced; others run as the loss itself, uncompiled: keep batches to a few "
+                    "sizes",
+                    logging.WARNING,
+                )
+            self._graphs[key] = None
+            return None
+        started = time.perf_counter()
+        traced = self._graphs[key] = _Traced(self._trace(inputs))
+        first, later = len(self._graphs) == 1, f", to be compiled at its {COMPILE_AFTER}th call"
+        self._say(
+            f"traced {type(self.loss).__name__}.{self.method} for x of shape {list(inputs[-1].shape)}"
+            f"{'' if torch.is_grad_enabled() else ' without gradients'}: {traced.graph.num_operations} operations, "
+            f"{time.perf_counter() - started:.1f} s{'' if first or self._backend is None else later}",
+            logging.INFO if first else logging.WARNING,
+        )
+        return traced
+
+    def _compile(self, traced: _Traced, inputs: list[Tensor]) -> None:
+        assert self._backend is not None
+        started = time.perf_counter()
+        try:
+            traced.graph.compile(self._backend, inputs)
+        except Exception as error:  # whatever a compiler may raise: the flat graph is right without it
+            self._backend = None
+            reason = " ".join(str(error).split())[:200]
+            self._say(f"runs uncompiled, for the compiler failed ({type(error).__name__}: {reason})", logging.WARNING)
+            return
+        traced.compiled = True
+        traced.graph.replays = bool(self._options.get("triton.cudagraphs")) and inputs[-1].is_cuda
+        self._say(
+            f"compiled for x of shape {list(inputs[-1].shape)} in {time.perf_counter() - started:.1f} s", logging.INFO
+        )
+
+    def _inductor(self, graph: GraphModule, inputs: list[Tensor]) -> Any:
+        import torch._inductor
+
+        return torch._inductor.compile(graph, list(inputs), options=self._options)
+
+    def _run(self, inputs: Any) -> Any:
+        """The loss as a function of its parameters, buffers and x."""
+        with self._state.replaced(inputs[:-1]):
+            return getattr(self.loss, self.method)(inputs[-1])
+
+    def _trace(self, inputs: list[Tensor]) -> FlatGraph:
+        """The flat graph, checked against the loss; random state and buffers stay as they were."""
+        with forked_rng(), _kept(inputs[self._state.num_parameters : -1]) as put_back:
+            torch.manual_seed(0)
+            sample = self._sample(inputs)
+            buffers = [inputs[i].clone() for i in sample.mutated]
+            gradients = gradients_of_sum(sample.values, [inputs[i] for i in sample.wanted])
+            put_back()
+            try:
+                with pyro.validation_enabled(False):  # it reads values
+                    graph = FlatGraph(self._run, sample)
+            except InPlaceError:
+                raise
+            except Exception as error:  # tracing fails in as many ways as programs are written
+                raise NotTraceableError(explain(error)) from error
+            torch.manual_seed(0)
+            values = [leaf for leaf in tree_flatten(graph(inputs))[0] if isinstance(leaf, Tensor)]
+            check_same("value", values, sample.values)
+            check_same("new buffer", [inputs[i] for i in sample.mutated], buffers)
+            check_same("gradient", gradients_of_sum(values, [inputs[i] for i in sample.wanted]), gradients)
+        return graph
+
+    def _sample(self, inputs: list[Tensor]) -> Sample:
+        """One call of the loss itself, which also lets it decide what it decides at its first call."""
+        state, x = inputs[:-1], inputs[-1]
+        versions = [tensor._version for tensor in state]
+        leaves, spec = tree_flatten(getattr(self.loss, self.method)(x if x.requires_grad else x.clone()))
+        mutated = [i for i, tensor in enumerate(state) if tensor._version != versions[i]]
+        if self._state.write(state):
+            raise NotTraceableError(
+                "expected buffers to be changed in place, but the loss puts other tensors in their places: use copy_, or "
+                "train it uncompiled"
+            )
+        if mutated and mutated[0] < self._state.num_parameters:
+            raise InPlaceError("expected a loss that leaves parameters as they are, but it changes one in place")
+        wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad and torch.is_grad_enabled()]
+        return Sample(inputs, wanted, mutated, leaves, spec)
+
+    def _say(self, sentence: str, level: int) -> None:
+        self.history.append(sentence)
+        _LOG.log(level, "%s", sentence)
+
+
+@contextmanager
+def _kept(buffers: list[Tensor]) -> Iterator[Callable[[], None]]:
+    """Puts back what buffers hold, on exit and whenever the function that it yields is called."""
+    before = [(buffer, buffer.clone(), buffer._version) for buffer in buffers]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for buffer, old, version in before:
+                if buffer._version != version:  # writing in vain would spoil a gradient under way
+                    buffer.copy_(old)
+
+    try:
+        yield put_back
+    finally:
+        put_back()

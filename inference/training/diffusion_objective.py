@@ -1,0 +1,216 @@
+r"""The loss that trains a diffusion: one t per datum, one network call per step, whatever T.
+
+    weights "vlb"      L_T + L_t / p_t                      unbiased for -ELBO = sum_{t=0}^T L_t        (notes 001, 003)
+    weights "simple"   |eps - eps_theta(x_s, s)|^2 / (T p_t),  s = t + 1                                L_simple of notes 003
+    weights "hybrid"   "vlb" + lambda "simple"
+
+with t in 0..T-1 drawn from p (:mod:`inference.training.timesteps`), x_{t+1} from q(x_{t+1} | x_0), the KLs L_1..L_{T-1} in
+closed form given x_{t+1}, and L_T, which has no parameters but belongs to the bound, added exactly. "simple" is the pair's
+``auxiliary_loss``, for a D3PM -log p(x_0 | x_s), averaged over s = 1..T; it is no bound and not in nats of anything.
+
+Convention: :meth:`DiffusionLoss.terms` are always those of the unweighted bound, whatever the weights that train.
+
+The one constraint: log p(x_0 | x_1) costs a good part of a network call, so it is evaluated only for data with t = 0. In a
+traced graph, whose shapes are fixed, that is possible for stratified t alone; the other samplers evaluate it for all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from inference.training.timesteps import SAMPLERS
+from ppl_models.diffusion import Diffusion
+
+__all__ = ["DiffusionLoss", "DiffusionStep"]
+
+Weights = Literal["vlb", "simple", "hybrid"]
+Timesteps = Literal["uniform", "stratified", "loss_second_moment"]
+
+
+class DiffusionStep(NamedTuple):
+    """One network call: what is minimised, ``[B]``, and the terms of the bound at the same draws."""
+
+    objective: Tensor
+    terms: dict[str, Tensor]
+
+
+class DiffusionLoss(nn.Module):
+    """The objective of a diffusion as a module: ``loss(x)`` is ``[B]``, to be minimised; its mean over t is what is meant.
+
+    Ho et al. 2020 (arXiv:2006.11239), eqs. 5 and 14; lecture notes 003. ``hybrid`` with a DDPM of learned variance and
+    ``auxiliary_weight=1000`` is Nichol and Dhariwal 2021 (arXiv:2102.09672), eq. 16, times 1000 and without its
+    stop-gradient; with a D3PM and 0.001 to 0.01 it is Austin et al. 2021 (arXiv:2107.03006), eq. 5.
+
+    Args:
+        pair: a DDPM, a D3PM, or another diffusion; its parameters are this module's parameters.
+        weights: ``"vlb"`` (nats, unbiased for -ELBO), ``"simple"`` or ``"hybrid"``.
+        timesteps: how t is drawn, ``"uniform"``, ``"stratified"`` or ``"loss_second_moment"``; the same expectation.
+        auxiliary_weight: lambda > 0; with ``"hybrid"`` only, and required there.
+
+    Raises:
+        TypeError: not a diffusion.
+        ValueError: an unknown weighting or sampler; a lambda that is missing, superfluous or not positive.
+
+    Example:
+        >>> from ppl_models.ddpm import DDPM
+        >>> from ppl_models.likelihoods import Normal
+        >>> from ppl_models.processes import NoiseSchedule
+        >>> class Zero(nn.Module):
+        ...     def forward(self, x_t, t):
+        ...         return 0 * x_t
+        >>> ddpm = DDPM(Zero(), NoiseSchedule.cosine(50), data_shape=(2,), likelihood=Normal())
+        >>> loss, x = DiffusionLoss(ddpm), torch.randn(7, 2)
+        >>> loss(x).shape, list(loss.terms(x))
+        (torch.Size([7]), ['x_50', 'x_t', 'x_0'])
+        >>> by_t = torch.stack([loss.term(x, torch.full((7,), t)) for t in range(51)])  # L_0 .. L_50
+        >>> bool((by_t[1:] >= 0).all())
+        True
+    """
+
+    def __init__(
+        self,
+        pair: Diffusion,
+        weights: Weights = "vlb",
+        timesteps: Timesteps = "stratified",
+        auxiliary_weight: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(pair, Diffusion):
+            raise TypeError(
+                f"expected a diffusion such as DDPM, got {type(pair).__name__}: use ElboLoss for other pairs"
+            )
+        if weights not in get_args(Weights):
+            raise ValueError(f"expected weights among {', '.join(get_args(Weights))}, got {weights!r}")
+        if timesteps not in SAMPLERS:
+            raise ValueError(f"expected timesteps among {', '.join(SAMPLERS)}, got {timesteps!r}")
+        if (weights == "hybrid") != (auxiliary_weight is not None):
+            raise ValueError(
+                f"expected auxiliary_weight with weights='hybrid' and only there, got {auxiliary_weight} with {weights!r}: "
+                "1000 is usual for a DDPM with learned variance, 0.001 to 0.01 for a D3PM"
+            )
+        if auxiliary_weight is not None and not 0 < auxiliary_weight < float("inf"):
+            raise ValueError(f"expected auxiliary_weight > 0, got {auxiliary_weight}")
+        self.pair = pair
+        self.weights = weights
+        self.timesteps = timesteps
+        self.auxiliary_weight = auxiliary_weight
+        self.sampler = SAMPLERS[timesteps](pair.num_timesteps)
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Which of :meth:`terms` are latent (minus a rate); the others are observed."""
+        last = f"x_{self.pair.num_timesteps}"
+        return (last, "x_t") if self.pair.num_timesteps > 1 else (last,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The objective of each datum of ``x`` ``[B, *data_shape]``: ``[B]``, nats with weights "vlb"."""
+        t = self.sampler(len(x), x.device)
+        weight = self.sampler.weight(t)
+        bound, auxiliary = self._at(x, t, self._rows(t), self.weights != "simple", self.weights != "vlb")
+        return self._objective(x, t, weight, bound, auxiliary)
+
+    def step(self, x: Tensor) -> DiffusionStep:
+        """:meth:`forward` and :meth:`terms` from the same draws and one network call, for a training loop that shows both."""
+        t = self.sampler(len(x), x.device)
+        weight = self.sampler.weight(t)
+        bound, auxiliary = self._at(x, t, self._rows(t), True, self.weights != "vlb")
+        terms = self._terms(x, t, weight, bound)
+        return DiffusionStep(self._objective(x, t, weight, bound, auxiliary), terms)
+
+    def terms(self, x: Tensor) -> dict[str, Tensor]:
+        """The bound's terms, ``[B]`` nats each, whatever the weights: their sum is unbiased for the ELBO.
+
+        ``x_T`` (with its number): -L_T, exact. ``x_t``: -L_t / p_t of the t drawn, where t >= 1. ``x_0``: the same where
+        t = 0. So minus the first two is a rate in expectation, and minus the last the distortion.
+        """
+        t = self.sampler(len(x), x.device)
+        bound, _ = self._at(x, t, self._rows(t), True, False)
+        return self._terms(x, t, self.sampler.weight(t), bound)
+
+    def term(self, x: Tensor, t: Tensor) -> Tensor:
+        """L_t of each datum at given t, ``[B]`` nats, one draw of x_{t+1}.
+
+        Args:
+            x: ``[B, *data_shape]``.
+            t: int64 ``[B]``, each in 0..T.
+        """
+        inner = t.clamp(max=self.pair.num_timesteps - 1)
+        bound, _ = self._at(x, inner, None, True, False)
+        return torch.where(t == self.pair.num_timesteps, self._prior_matching(x), bound)
+
+    def auxiliary(self, x: Tensor, t: Tensor) -> Tensor:
+        """The auxiliary loss of each datum at x_{t+1}, ``[B]``; arguments as in :meth:`term`, t in 0..T-1."""
+        return self._at(x, t, None, False, True)[1]
+
+    def extra_repr(self) -> str:
+        """The options, for ``print(loss)``."""
+        hybrid = "" if self.auxiliary_weight is None else f", auxiliary_weight={self.auxiliary_weight}"
+        return f"weights={self.weights!r}, timesteps={self.timesteps!r}{hybrid}"
+
+    def _objective(self, x: Tensor, t: Tensor, weight: Tensor, bound: Tensor, auxiliary: Tensor) -> Tensor:
+        mean = 1 / self.pair.num_timesteps  # the auxiliary loss is a mean over t, the bound a sum
+        if self.weights == "simple":
+            at_t = mean * auxiliary
+        elif self.weights == "vlb":
+            at_t = bound
+        else:
+            at_t = bound + self.auxiliary_weight * mean * auxiliary  # type: ignore[operator]
+        objective = weight.to(at_t.dtype) * at_t
+        if self.training:
+            self.sampler.observe(t, at_t)
+        return objective if self.weights == "simple" else self._prior_matching(x) + objective
+
+    def _terms(self, x: Tensor, t: Tensor, weight: Tensor, bound: Tensor) -> dict[str, Tensor]:
+        drawn = -weight.to(bound.dtype) * bound
+        nothing = torch.zeros_like(drawn)
+        terms = {f"x_{self.pair.num_timesteps}": -self._prior_matching(x)}
+        if self.pair.num_timesteps > 1:
+            terms["x_t"] = torch.where(t > 0, drawn, nothing)
+        return terms | {"x_0": torch.where(t == 0, drawn, nothing)}
+
+    def _prior_matching(self, x_0: Tensor) -> Tensor:
+        """L_T = KL(q(x_T | x_0) || p(x_T)), ``[B]``."""
+        process = self.pair.process
+        last = torch.full((1,), process.num_timesteps, device=x_0.device)  # an index of no dims would be read out
+        return kl_divergence(process.marginal(x_0, last), process.prior())
+
+    def _at(
+        self, x_0: Tensor, t: Tensor, rows: Tensor | None, with_bound: bool, with_auxiliary: bool
+    ) -> tuple[Tensor, Tensor]:
+        """L_t and the auxiliary loss at one draw of x_{t+1}, t in 0..T-1; what is not asked for is zero.
+
+        ``rows`` are indices that hold every datum with t = 0; None: all data.
+        """
+        pair, process = self.pair, self.pair.process
+        x_next = process.marginal(x_0, t + 1)()
+        output = pair.denoise(x_next, t + 1)
+        bound = auxiliary = torch.zeros((), device=x_0.device)
+        if with_auxiliary:
+            auxiliary = pair.auxiliary_loss(output, x_0, x_next, t + 1)
+        if with_bound:
+            bound = self._reconstruction(output, x_0, x_next, t, rows)
+            if process.num_timesteps > 1:
+                above = (t + 1).clamp(min=2)  # a harmless step where t = 0, and not taken there
+                q, p = process.posterior(x_next, x_0, above), pair.reverse_law(output, x_next, above)
+                bound = torch.where(t > 0, kl_divergence(q, p), bound)
+        return bound, auxiliary
+
+    def _reconstruction(self, output: Tensor, x_0: Tensor, x_1: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
+        """-log p(x_0 | x_1), ``[B]``, right where t = 0."""
+        if rows is None:
+            return -self.pair.reconstruction_law(output, x_1).log_prob(x_0)
+        few = -self.pair.reconstruction_law(output[rows], x_1[rows]).log_prob(x_0[rows])
+        return few.new_zeros(len(t)).index_copy(0, rows, few)
+
+    def _rows(self, t: Tensor) -> Tensor | None:
+        """Indices that hold all data with t = 0: of a fixed number where a graph is traced, exactly those otherwise."""
+        if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+            most = self.sampler.most_of_one(len(t))
+            return t.topk(most, largest=False).indices if most < len(t) else None
+        rows = (t == 0).nonzero()[:, 0]
+        return rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=t.device)  # laws refuse an empty batch

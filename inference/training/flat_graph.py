@@ -1,0 +1,255 @@
+"""A loss and its gradient as two flat graphs of tensor operations, without the Python that produced them.
+
+    forward:   parameters, buffers, x               ->  values, new buffers, what the gradient needs
+    backward:  what the gradient needs, cotangents  ->  sum over values of cotangent * d value / d parameters
+
+Both come from one trace of the loss *together with* its reverse sweep (``make_fx`` over ``torch.autograd.grad``), cut in two
+by AOTAutograd's min-cut partitioner. So everything that shapes a gradient is in the graphs: hooks on draws, ``detach``,
+``no_grad``, custom backward functions. Tracing uses fake tensors: nothing is computed, no random number is drawn, and a
+program that reads a tensor's value is found out. Random operations stay operations of the graph, drawn anew at each call.
+
+The one constraint: operations are recorded at given shapes, dtypes and flags, and Python values are frozen into them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from functorch.compile import min_cut_rematerialization_partition  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.func import functionalize
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from inference.bounds.particles import forked_rng
+
+__all__ = ["Backend", "FlatGraph", "InPlaceError", "Sample", "without_autocast"]
+
+Backend = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
+Run = Callable[[Sequence[Tensor]], Any]
+
+
+class InPlaceError(ValueError):
+    """A loss that changes its data or parameters in place, which a graph cannot repeat."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of the loss itself: what its graph must reproduce.
+
+    Attributes:
+        inputs: parameters, buffers and, last, data; as they were before the call.
+        wanted: which of the inputs take a gradient.
+        mutated: which of them, buffers all, the call changed in place.
+        leaves: the output's leaves.
+        spec: the output's structure.
+    """
+
+    inputs: list[Tensor]
+    wanted: list[int]
+    mutated: list[int]
+    leaves: list[Any]
+    spec: Any
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The leaves that are tensors."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def cotangents(self) -> list[Tensor]:
+        """Ones for each differentiable value."""
+        return [_ones_like(value) for value in self.values if value.requires_grad]
+
+
+class FlatGraph:
+    """A traced loss, to be called with inputs in the order in which it was traced.
+
+    Args:
+        run: the loss as a function of its inputs, returning any nest of tensors.
+        sample: one call of it.
+
+    Raises:
+        InPlaceError: the loss changes data or parameters in place.
+    """
+
+    def __init__(self, run: Run, sample: Sample) -> None:
+        self.spec, self.mutated = sample.spec, sample.mutated
+        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in sample.leaves]
+        self.is_tensor = [isinstance(leaf, Tensor) for leaf in sample.leaves]
+        self.differentiable = [value.requires_grad for value in sample.values]
+        self.num_values = len(sample.values)
+        self.num_kept = self.num_values + len(self.mutated)
+        self.replays = False  # whether a CUDA graph owns the memory of what the halves return
+        joint, self.reached = _trace(run, sample)
+        self.forward: Callable[..., Any] = joint
+        self.backward: Callable[..., Any] | None = None
+        if any(self.differentiable):
+            halves = min_cut_rematerialization_partition(joint, None, num_fwd_outputs=self.num_kept)
+            self.forward, self.backward = halves
+        self.num_operations = sum(
+            node.op == "call_function"
+            for half in (self.forward, self.backward)
+            if isinstance(half, GraphModule)
+            for node in half.graph.nodes
+        )
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        """The loss's output at ``inputs``; the buffers that it changes are changed."""
+        passed = list(inputs)
+        for i in self.mutated:
+            passed[i] = inputs[i].clone()  # the gradient may need the old value
+        outputs = self.run_forward(passed)[: self.num_kept] if self.backward is None else _Step.apply(self, *passed)
+        with torch.no_grad():
+            for i, new in zip(self.mutated, outputs[self.num_values :], strict=True):
+                inputs[i].copy_(new)
+        left = iter(outputs)
+        leaves = [
+            next(left) if tensor else constant for tensor, constant in zip(self.is_tensor, self.constants, strict=True)
+        ]
+        return tree_unflatten(leaves, self.spec)
+
+    def compile(self, backend: Backend, inputs: Sequence[Tensor]) -> None:
+        """Hands both halves to ``backend(graph, example inputs)``; they stay as they are where it fails.
+
+        Random state and buffers are left as they were.
+        """
+        arguments = [
+            tensor.detach().clone() if i in self.mutated else tensor.detach() for i, tensor in enumerate(inputs)
+        ]
+        with torch.no_grad(), forked_rng(), without_autocast(arguments[-1].device.type):
+            forward = backend(copy.deepcopy(self.forward), arguments)  # type: ignore[arg-type]
+            outputs = forward(*arguments)
+            backward = self.backward
+            if backward is not None:
+                values = zip(outputs, self.differentiable, strict=False)
+                cotangents = [_ones_like(value) for value, differentiable in values if differentiable]
+                arguments = [*outputs[self.num_kept :], *cotangents]
+                backward = backend(copy.deepcopy(backward), arguments)  # type: ignore[arg-type]
+                backward(*arguments)
+        self.forward, self.backward = forward, backward
+
+    def run_forward(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Values, new buffers, and what :meth:`run_backward` takes first; records no gradient."""
+        if self.replays:
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.no_grad(), without_autocast(inputs[-1].device.type):
+            outputs = self.forward(*inputs)
+        if self.replays:  # the next replay writes over them
+            outputs = [*(value.clone() for value in outputs[: self.num_kept]), *outputs[self.num_kept :]]
+        return outputs
+
+    def run_backward(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Gradients for the inputs in :attr:`reached`."""
+        assert self.backward is not None
+        given = [cotangent.contiguous() for cotangent in cotangents]
+        with without_autocast(given[0].device.type):
+            gradients = self.backward(*saved, *given)
+        return [gradient.clone() for gradient in gradients] if self.replays else gradients
+
+
+class _Step(torch.autograd.Function):
+    """The two halves as one differentiable operation; its own gradient is not differentiable again."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: FlatGraph, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = graph.run_forward(inputs)
+        kept = outputs[: graph.num_kept]
+        ctx.graph, ctx.num_inputs = graph, len(inputs)
+        ctx.save_for_backward(*outputs[graph.num_kept :])
+        differentiable = [*graph.differentiable, *[False] * len(graph.mutated)]
+        ctx.mark_non_differentiable(*(v for v, d in zip(kept, differentiable, strict=True) if not d))
+        return tuple(kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        graph = ctx.graph
+        given = [c for c, differentiable in zip(cotangents, graph.differentiable, strict=False) if differentiable]
+        gradients: list[Tensor | None] = [None] * ctx.num_inputs
+        for i, gradient in zip(graph.reached, graph.run_backward(ctx.saved_tensors, given), strict=True):
+            gradients[i] = gradient
+        return (None, *gradients)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """No autocasting inside: a graph that was traced under it holds its casts already."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _trace(run: Run, sample: Sample) -> tuple[GraphModule, list[int]]:
+    """The flat graph of values, new buffers and gradients, and which inputs the gradients are of."""
+    reached: list[int] = []
+
+    def joint(primals: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+        inputs = list(primals)
+        for i in sample.wanted:
+            inputs[i] = inputs[i].detach().requires_grad_()
+        for i in sample.mutated:
+            inputs[i] = inputs[i].clone()
+        values = [leaf for leaf in tree_flatten(run(inputs))[0] if isinstance(leaf, Tensor)]
+        outputs = [*values, *(inputs[i] for i in sample.mutated)]
+        if cotangents:
+            gradients = torch.autograd.grad(
+                [value for value in values if value.requires_grad],
+                [inputs[i] for i in sample.wanted],
+                cotangents,
+                allow_unused=True,
+            )
+            reached[:] = [i for i, g in zip(sample.wanted, gradients, strict=True) if g is not None]
+            outputs += [g for g in gradients if g is not None]
+        return outputs
+
+    primals = [tensor.detach() for tensor in sample.inputs]
+    cotangents = sample.cotangents()
+    graph = make_fx(joint, tracing_mode="fake")(primals, cotangents)
+    with torch.no_grad():  # the reverse sweep is in the graph already
+        graph = make_fx(functionalize(graph), tracing_mode="fake")(primals, cotangents)
+    return _tidied(graph, len(primals)), reached
+
+
+def _tidied(traced: GraphModule, num_primals: int) -> GraphModule:
+    """The graph with the names that the partitioner reads, without aliases, idle reshapes and what nothing uses.
+
+    Raises:
+        InPlaceError: an input is written to.
+    """
+    graph, new = Graph(), dict[Node, Node]()
+    number = 0
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            name = f"primals_{number + 1}" if number < num_primals else f"tangents_{number - num_primals + 1}"
+            new[node] = graph.placeholder(name)
+            new[node].meta = dict(node.meta)
+            number += 1
+        elif node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
+            raise InPlaceError(
+                "expected a loss that leaves data and parameters as they are, but it changes one in place, of shape "
+                f"{list(node.args[0].meta['val'].shape)}: work on a copy, as in x.clone()"
+            )
+        elif _changes_nothing(node):
+            new[node] = new[node.args[0]]
+        else:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    graph.eliminate_dead_code()
+    return GraphModule(traced, graph)
+
+
+def _changes_nothing(node: Node) -> bool:
+    """Whether a node of a functional graph without autograd is its argument."""
+    if node.target is torch.ops.aten.detach.default:
+        return True
+    if node.target not in (torch.ops.aten.view.default, torch.ops.aten.expand.default):
+        return False
+    source = node.args[0]
+    return isinstance(source, Node) and source.meta["val"].shape == node.meta["val"].shape
+
+
+def _ones_like(value: Tensor) -> Tensor:
+    return torch.ones_like(value, memory_format=torch.contiguous_format, requires_grad=False)

@@ -1,0 +1,86 @@
+"""Whether a flat graph stands for a loss: why it cannot be traced, or in what it differs.
+
+A graph is right where it gives the loss's values, buffers and gradient on the same draws. That is checked once for each
+graph, by seeding torch's generator alike; so noise from elsewhere, counters in Python and the like are found out.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyro
+import torch
+from torch import Tensor
+
+from inference.training.flat_graph import without_autocast
+
+__all__ = ["NotTraceableError", "check_same", "explain", "gradients_of_sum"]
+
+_REASONS = {
+    "DataDependentOutputException": "it reads a tensor's value",
+    "GuardOnDataDependentSymNode": "it reads a tensor's value",
+    "DynamicOutputShapeException": "it makes a tensor whose shape depends on the data",
+}
+_UNREGISTERED = "Please convert all Tensors to FakeTensors first"
+_REMEDY = "write it with torch.where, masks and registered buffers, or train it uncompiled"
+
+
+class NotTraceableError(ValueError):
+    """A loss that no flat graph can stand for; the message says where and why."""
+
+
+def gradients_of_sum(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of the sum of all differentiable values, None for a tensor that has no part in them."""
+    reached = [value for value in values if value.requires_grad]
+    if not reached:
+        return []
+    with without_autocast(reached[0].device.type):
+        ones = [torch.ones_like(value) for value in reached]
+        return list(torch.autograd.grad(reached, list(wanted), ones, allow_unused=True))
+
+
+def check_same(what: str, found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    """Refuses tensors that differ by more than rounding.
+
+    Raises:
+        NotTraceableError: they differ; ``what`` they are is in the message.
+    """
+    for a, b in zip(found, expected, strict=True):
+        if a is None and b is None:
+            continue
+        if a is None or b is None or not _close(a.detach(), b.detach()):
+            raise NotTraceableError(
+                f"expected a loss whose flat graph repeats it on the same draws, but a {what} differs: something other than "
+                f"parameters, buffers, data and torch's random numbers has a say; {_REMEDY}"
+            )
+
+
+def explain(error: Exception) -> str:
+    """Why a loss cannot be traced, and the line of the program that is to blame."""
+    own = [Path(__file__).with_name(name) for name in ("compilation.py", "flat_graph.py", "module_state.py")]
+    foreign = tuple(str(path) for path in (*map(_folder, (torch, pyro)), *own))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(foreign)]
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    text = " ".join(str(error).split())
+    if text.startswith(_UNREGISTERED):
+        reason = "it uses a tensor that is neither its argument nor a registered parameter or buffer"
+    else:
+        reason = _REASONS.get(type(error).__name__) or f"tracing fails ({text[:200]})"
+    return f"expected a loss that can be traced, but{where} {reason}: {_REMEDY}"
+
+
+def _folder(package: object) -> Path:
+    return Path(str(package.__file__)).parent  # type: ignore[attr-defined]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    finite = b[b.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

@@ -1,0 +1,282 @@
+r"""D3PM: denoising diffusion of classes (Austin et al. 2021, arXiv:2107.03006); named in the outline of lecture notes 004.
+
+    q(x_t | x_{t-1}) = Cat([Q_t]_{x_{t-1}, .})                                                     fixed
+    p(x_T)           = Cat(pi), pi the stationary law of all Q_t
+    p(x_{t-1} | x_t) prop. to sum_{x_0} q(x_{t-1}, x_t | x_0) p(x_0 | x_t),  t >= 2                learned     (eq. 4)
+    p(x_0 | x_1)     = itself, at t = 1
+
+where the network gives the logits of p(x_0 | x_t), in each dimension on its own. What x_t excludes gets no probability: an
+x_0 with q(x_t | x_0) = 0, and the mask. For absorbing transitions an unmasked x_t is x_0, and each term of the bound is
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) = w_t sum_{i : x_t^i = m} -log p(x_0^i | x_t),
+    w_t = (a_{t-1} - a_t) / (1 - a_t)
+
+at t = 1 too, where w_1 = 1 and it is -log p(x_0 | x_1): a weighted masked language model (A.3; Sahoo et al. 2024,
+arXiv:2406.07524). Programs, bound, training and sampler are those of :mod:`ppl_models.diffusion`; nothing is copied.
+
+Convention: x is int64 with classes 0..K-1, among which a mask is the last and never in data. Draws are draws: no argmax.
+
+Precision: where two laws nearly agree their KL is a small difference of logarithms, of which float32 leaves about 1e-6
+nats a dimension. ``pair.process.double()`` computes all laws in float64 behind a network that stays in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from ppl_models.data_checks import refuse_other_than_tensor, refuse_where
+from ppl_models.diffusion import Diffusion
+from ppl_models.likelihoods import Categorical, Likelihood
+from ppl_models.networks.denoiser import Denoiser
+from ppl_models.networks.ordinal import OrdinalDenoiser
+from ppl_models.networks.residual_mlp import ResidualMLP
+from ppl_models.networks.transformer import TransformerDenoiser
+from ppl_models.networks.unet import UNet
+from ppl_models.processes.categorical import CategoricalProcess
+from ppl_models.processes.class_law import ClassLaw
+from ppl_models.processes.dense_transitions import discretized_gaussian
+from ppl_models.processes.structured_transitions import AbsorbingTransitions, absorbing, uniform
+from ppl_models.processes.transitions import Transitions
+from ppl_models.registry import describe
+
+__all__ = ["D3PM", "logistic_logits"]
+
+Output = Literal["logits", "logistic"]
+
+_SCALE_SHIFT = 2.0  # so that a network that returns zero means a scale of e^-2 on [-1, 1], neither a spike nor flat
+
+
+class D3PM(Diffusion):
+    """``D3PM(network, transitions, data_shape, num_classes)``: sites ``x_T`` .. ``x_1`` and ``x_0``, as in `Diffusion`.
+
+    Args:
+        network: ``network(x_t, t)``, x_t int64 ``[..., *data_shape]`` and t int64 in 1..T of shape ``[...]`` -> logits of
+            x_0, ``[..., *data_shape, K]``; the mask's logit, where there is a mask, is not used. With
+            ``output="logistic"`` -> ``[..., *data_shape, 2]``, see :func:`logistic_logits`.
+        transitions: Q_1..Q_T over K states; see :mod:`ppl_models.processes`.
+        data_shape: shape of one datum.
+        num_classes: K, as the transitions have it: the mask included.
+        output: "logits", or "logistic" for ordered classes.
+
+    Attributes:
+        likelihood: what data look like: `Categorical` over the classes that they may have.
+
+    Raises:
+        ValueError: K is not the transitions'; an unknown output, or a logistic one over states with a mask; a network
+            whose output has another shape.
+        TypeError: the network does not return a tensor, or no transitions are given.
+
+    Example:
+        >>> from ppl_models.processes.structured_transitions import uniform
+        >>> class Network(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.table = nn.Embedding(3, 3)
+        ...     def forward(self, x_t, t):
+        ...         return self.table(x_t)
+        >>> d3pm = D3PM(Network(), uniform(3, num_timesteps=4), data_shape=(2,), num_classes=3)
+        >>> d3pm.model(size=5).shape, d3pm.latent_sites
+        (torch.Size([5, 2]), ('x_4', 'x_3', 'x_2', 'x_1'))
+    """
+
+    process: CategoricalProcess
+
+    def __init__(
+        self,
+        network: nn.Module,
+        transitions: Transitions,
+        data_shape: Sequence[int],
+        num_classes: int,
+        output: Output = "logits",
+    ) -> None:
+        process = CategoricalProcess(transitions, data_shape)
+        if num_classes != transitions.num_classes:
+            raise ValueError(
+                f"expected num_classes={transitions.num_classes}, as many as the transitions have (a mask included), got "
+                f"{num_classes}: give both the same"
+            )
+        if output not in ("logits", "logistic"):
+            raise ValueError(f"expected output 'logits' or 'logistic', got {output!r}")
+        if output == "logistic" and transitions.num_data_classes < num_classes:
+            raise ValueError(
+                "expected transitions without a mask for output='logistic', where classes are places on a line and a mask has "
+                "none: use output='logits'"
+            )
+        super().__init__(network, process, [*data_shape, num_classes if output == "logits" else 2])
+        self.num_classes = num_classes
+        self.output = output
+        self.likelihood = Categorical(transitions.num_data_classes)
+
+    @classmethod
+    def preset(
+        cls,
+        data_shape: Sequence[int],
+        likelihood: Likelihood,
+        num_timesteps: int = 100,
+        transitions: Literal["uniform", "absorbing", "gaussian"] = "uniform",
+        network: Literal["mlp", "unet", "transformer"] = "mlp",
+        hidden: int = 256,
+        blocks: int = 4,
+        output: Output = "logits",
+    ) -> D3PM:
+        """A D3PM with one of the library's denoisers and the schedule that the paper gives each kind of transitions.
+
+        Args:
+            data_shape: shape of one datum.
+            likelihood: `Categorical`, which says how many classes data have; a mask is added to them for "absorbing".
+            num_timesteps: T.
+            transitions: see :mod:`ppl_models.processes.structured_transitions` and
+                :func:`ppl_models.processes.dense_transitions.discretized_gaussian`.
+            network: "mlp" for vectors and small images, "unet" for images, "transformer" for sequences.
+            hidden: width of the network; of a U-Net at the highest resolution, twice that below.
+            blocks: residual blocks, blocks at each resolution, or layers.
+            output: "logits", or "logistic" for ordered classes ("mlp" and "unet").
+
+        Raises:
+            TypeError: a likelihood that is not `Categorical`.
+            ValueError: an unknown name, or a transformer with logistic output.
+        """
+        if not isinstance(likelihood, Categorical):
+            raise TypeError(
+                f"expected a Categorical likelihood, got {type(likelihood).__name__}: D3PM is for classes; use "
+                'Categorical(num_classes) and data scaled as "classes"'
+            )
+        kinds = {"uniform": uniform, "absorbing": absorbing, "gaussian": discretized_gaussian}
+        if transitions not in kinds:
+            raise ValueError(f"expected transitions among {', '.join(kinds)}, got {transitions!r}")
+        num_classes = likelihood.num_classes + (transitions == "absorbing")
+        denoiser = _denoiser(network, data_shape, num_classes, hidden, blocks, output)
+        return cls(denoiser, kinds[transitions](num_classes, num_timesteps), data_shape, num_classes, output)
+
+    def x_0_logits(self, output: Tensor, x_t: Tensor) -> Tensor:
+        """Logits of p(x_0 | x_t), ``[*batch, *data_shape, K]``: minus infinity at each x_0 that x_t excludes, or no datum is.
+
+        Args:
+            output: the network's, ``[*batch, *output_shape]``.
+            x_t: ``[*batch, *data_shape]``.
+        """
+        logits = output.to(torch.promote_types(output.dtype, self.process.transitions.dtype))
+        if self.output == "logistic":
+            logits = logistic_logits(logits, x_t, self.num_classes)
+        return self.process.transitions.restrict(logits, x_t)
+
+    def reverse_law(self, output: Tensor, x_t: Tensor, t: Tensor) -> dist.TorchDistribution:
+        """Cat(prop. to sum_{x_0} q(x_{t-1}, x_t | x_0) p(x_0 | x_t)) (eq. 4); see the base class."""
+        logits = self.process.posterior_logits(x_t, self.x_0_logits(output, x_t), t)
+        return ClassLaw(logits=logits).to_event(len(self.data_shape))
+
+    def reconstruction_law(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
+        """p(x_0 | x_1) itself; see the base class."""
+        return self._x_0_law(output, x_1)
+
+    def predict_x_0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The expected class sum_k k p(x_0 = k | x_t), a float: meaningful where the classes are ordered, as grey levels."""
+        probs = self.x_0_logits(output, x_t).softmax(-1)
+        return probs @ torch.arange(self.num_classes, dtype=probs.dtype, device=probs.device)
+
+    def auxiliary_loss(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """-log p(x_0 | x_t), ``[*batch]`` nats: what the hybrid loss adds lambda times (eq. 5)."""
+        return -self._x_0_law(output, x_t).log_prob(x_0)
+
+    def masked_term(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """w_t sum_{i : x_t^i = m} -log p(x_0^i | x_t), ``[*batch]`` nats: L_{t-1} of absorbing transitions at one draw of x_t.
+
+        Args:
+            output: the network's at (x_t, t).
+            x_0: data.
+            x_t: drawn from q(x_t | x_0).
+            t: in 1..T, broadcastable to the batch.
+
+        Raises:
+            ValueError: transitions that are not absorbing.
+        """
+        transitions = self.process.transitions
+        if not isinstance(transitions, AbsorbingTransitions):
+            raise ValueError(
+                f"expected absorbing transitions, the only ones with a masked form, got {type(transitions).__name__}"
+            )
+        loss = self.auxiliary_loss(output, x_0, x_t, t)  # nothing from unmasked dimensions, where x_t is x_0
+        return transitions.log_unmasking(t).exp().to(loss.dtype) * loss
+
+    def check_data(self, x: Tensor, name: str = "x") -> None:
+        """Refuses all but int64 classes that data may have, without the mask; see the base class."""
+        refuse_other_than_tensor(x, name)
+        if x.dtype != torch.int64:
+            raise ValueError(f"{name}: expected int64 class indices, got {x.dtype}; convert with .long()")
+        last = self.process.transitions.num_data_classes - 1
+        masked = f" (class {last + 1} is the mask, in which no datum is)" if last + 1 < self.num_classes else ""
+        remedy = "raise num_classes or relabel the data"
+        refuse_where(x, (x < 0) | (x > last), name, f"class indices in 0..{last}{masked}", remedy)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as nested descriptions; see :func:`ppl_models.registry.describe`."""
+        return {
+            "network": describe(self.network),
+            "transitions": describe(self.process.transitions),
+            "data_shape": list(self.data_shape),
+            "num_classes": self.num_classes,
+            "output": self.output,
+        }
+
+    def _x_0_law(self, output: Tensor, x_t: Tensor) -> dist.TorchDistribution:
+        return ClassLaw(logits=self.x_0_logits(output, x_t)).to_event(len(self.data_shape))
+
+
+def logistic_logits(parameters: Tensor, x_t: Tensor, num_classes: int) -> Tensor:
+    r"""Logits of a logistic law, cut to [-1 - h, 1 + h] and rounded to K evenly spaced values (arXiv:2107.03006, A.8).
+
+    With v_k = -1 + 2k/(K - 1), h = 1/(K - 1), mu = tanh(location + v_{x_t}) and s = exp(log-scale - 2):
+
+        p(k) prop. to sigmoid((v_k + h - mu)/s) - sigmoid((v_k - h - mu)/s)
+             =        sigmoid((v_k + h - mu)/s) sigmoid(-(v_k - h - mu)/s) (1 - e^(-2h/s))
+
+    whose last factor is the same for all k: what is left is a product, exact however far in the tails, without the epsilon
+    that a difference needs.
+
+    Args:
+        parameters: (location, log-scale) on the last axis, ``[*x.shape, 2]``.
+        x_t: int64 in 0..K-1.
+        num_classes: K.
+
+    Returns:
+        ``[*x.shape, K]``, unnormalised.
+
+    Example:
+        >>> logistic_logits(torch.zeros(1, 2), torch.tensor([1]), 3).softmax(-1)
+        tensor([[0.0242, 0.9515, 0.0242]])
+    """
+    location, log_scale = parameters[..., :1], parameters[..., 1:]
+    half = 1 / (num_classes - 1)
+    values = 2 * half * torch.arange(num_classes, dtype=parameters.dtype, device=parameters.device) - 1
+    offset = values - torch.tanh(location + values[x_t][..., None])
+    precision = (_SCALE_SHIFT - log_scale).exp()
+    return logsigmoid((offset + half) * precision) + logsigmoid(-(offset - half) * precision)
+
+
+def _denoiser(
+    name: str, data_shape: Sequence[int], num_classes: int, hidden: int, blocks: int, output: Output
+) -> nn.Module:
+    logistic = output == "logistic"
+    classes = None if logistic else num_classes
+    denoiser: Denoiser
+    match name:
+        case "mlp":
+            denoiser = ResidualMLP(data_shape, hidden, blocks, num_classes=classes, with_variance=logistic)
+        case "unet":
+            widths = (hidden, 2 * hidden)
+            denoiser = UNet(data_shape, widths, blocks, num_classes=classes, with_variance=logistic)
+        case "transformer" if not logistic:
+            return TransformerDenoiser(data_shape, num_classes, hidden, blocks)
+        case "transformer":
+            raise ValueError(
+                "expected output 'logits' with a transformer, which reads and writes classes, got 'logistic'"
+            )
+        case _:
+            raise ValueError(f"expected a network among mlp, unet, transformer, got {name!r}")
+    return OrdinalDenoiser(denoiser, num_classes) if logistic else denoiser

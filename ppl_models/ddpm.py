@@ -1,0 +1,232 @@
+r"""Denoising diffusion: the Gaussian chain and its reverse (lecture notes 001, 002, 003, second half of 004).
+
+    q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I)                  fixed
+    p(x_T)           = N(0, I)
+    p(x_{t-1} | x_t) = N(mu(x_t, t), sigma_t^2 I),  t >= 2                 learned
+    p(x_0 | x_1)     = likelihood(mu(x_1, 1)), with variance sigma_1^2 = beta_1 unless the likelihood states its own
+
+The network predicts one of three things, each a parameterisation of the same mean (Ho et al. 2020, arXiv:2006.11239):
+
+    eps    mu = (x_t - beta_t / sqrt(1 - alpha-bar_t) eps) / sqrt(alpha_t)                            eq. 11, notes 003
+    x_0    mu = [sqrt(alpha-bar_{t-1}) beta_t x_0 + sqrt(alpha_t) (1 - alpha-bar_{t-1}) x_t] / (1 - alpha-bar_t)   eq. 7
+    mean   mu itself
+
+where notes 003 print sqrt(1 - alpha_t) in the first and 001 another form of the second; both are slips. Nothing here
+clips the x_0 that the network stands for: that would be another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import pyro.distributions as dist
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor, nn
+
+from ppl_models.diffusion import Diffusion
+from ppl_models.likelihoods import DiscretizedNormal, Likelihood, LocationScale
+from ppl_models.networks.residual_mlp import ResidualMLP
+from ppl_models.networks.unet import UNet
+from ppl_models.processes.gaussian import GaussianProcess
+from ppl_models.processes.schedules import NoiseSchedule
+from ppl_models.registry import describe
+
+__all__ = ["DDPM"]
+
+Prediction = Literal["eps", "x_0", "mean"]
+Variance = Literal["beta", "posterior", "learned"]
+
+
+class DDPM(Diffusion):
+    """``DDPM(network, schedule, data_shape)``: sites ``x_T`` .. ``x_1`` and ``x_0``, programs as in `Diffusion`.
+
+    Args:
+        network: ``network(x_t, t)``, x_t ``[..., *data_shape]`` and t int64 in 1..T of shape ``[...]`` -> an array of the
+            shape of x_t. With ``variance="learned"`` it has one more axis, the last, of length 2: the prediction and v.
+        schedule: beta_1 .. beta_T.
+        data_shape: shape of one datum.
+        predict: what the network predicts, see above.
+        variance: sigma_t^2. ``"beta"``: beta_t. ``"posterior"``: beta-tilde_t, at t = 1 (where it is 0) beta_1.
+            ``"learned"``: between the two on a log scale, exp(w log beta_t + (1 - w) log beta-tilde_t) with
+            w = sigmoid(v), so that no v leaves the interval, and beta-tilde_2 in place of beta-tilde_1 = 0 (Nichol and
+            Dhariwal 2021, arXiv:2102.09672, eq. 15, which leaves w free).
+        likelihood: of x_0 given x_1; location mu(x_1, 1). Its scale is sigma_1 if ``scale`` is left out or None.
+            `DiscretizedNormal(levels=256)` if None, for data in [-1, 1] (notes 003); `Normal()` for continuous data.
+
+    Raises:
+        ValueError: an unknown ``predict`` or ``variance``; a network whose output has another shape; eps-prediction with
+            alpha-bar_T = 0, where x_T holds no x_0 and eps says nothing of it.
+        TypeError: the likelihood is not one with a location and a scale.
+
+    Example:
+        >>> from ppl_models.likelihoods import Normal
+        >>> network = ResidualMLP((2,), hidden=16, blocks=1)
+        >>> ddpm = DDPM(network, NoiseSchedule.cosine(10), data_shape=(2,), likelihood=Normal())
+        >>> ddpm.model(size=4).shape, ddpm.latent_sites[:2]
+        (torch.Size([4, 2]), ('x_10', 'x_9'))
+    """
+
+    process: GaussianProcess
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        data_shape: Sequence[int],
+        predict: Prediction = "eps",
+        variance: Variance = "beta",
+        likelihood: Likelihood | None = None,
+    ) -> None:
+        if predict not in ("eps", "x_0", "mean"):
+            raise ValueError(f"expected predict 'eps', 'x_0' or 'mean', got {predict!r}")
+        if variance not in ("beta", "posterior", "learned"):
+            raise ValueError(f"expected variance 'beta', 'posterior' or 'learned', got {variance!r}")
+        if predict == "eps" and schedule.zero_terminal_snr:
+            raise ValueError(
+                "expected alpha_bar_T > 0 with predict='eps', got 0: x_T is then eps itself and says nothing of x_0; use "
+                "predict='x_0' or 'mean', or a schedule that ends above zero signal"
+            )
+        likelihood = DiscretizedNormal(levels=256) if likelihood is None else likelihood
+        if not isinstance(likelihood, LocationScale):
+            raise TypeError(
+                f"expected a likelihood with a location and a scale, got {type(likelihood).__name__}: use "
+                "DiscretizedNormal(levels) or Normal()"
+            )
+        if not likelihood.scale_stated:
+            likelihood = type(likelihood)(**(likelihood.config() | {"scale": None}))
+        output_shape = [*data_shape, 2] if variance == "learned" else data_shape
+        super().__init__(network, GaussianProcess(schedule, data_shape), output_shape)
+        self.predict = predict
+        self.variance = variance
+        self.likelihood = likelihood
+
+    @classmethod
+    def preset(
+        cls,
+        data_shape: Sequence[int],
+        likelihood: Likelihood,
+        num_timesteps: int = 100,
+        schedule: Literal["linear", "cosine"] = "cosine",
+        network: Literal["mlp", "unet"] = "mlp",
+        hidden: int = 256,
+        blocks: int = 4,
+        predict: Prediction = "eps",
+        variance: Variance = "beta",
+    ) -> DDPM:
+        """A DDPM with one of the library's denoisers.
+
+        Args:
+            data_shape: shape of one datum.
+            likelihood: of x_0 given x_1, see the class.
+            num_timesteps: T.
+            schedule: "cosine" or "linear", see :class:`ppl_models.processes.NoiseSchedule`.
+            network: "mlp" for vectors and small images, "unet" for images.
+            hidden: width of the network; of a U-Net at the highest resolution, twice that below.
+            blocks: residual blocks, or blocks at each resolution.
+            predict: see the class.
+            variance: see the class.
+
+        Raises:
+            ValueError: an unknown name, or what schedule and network refuse.
+        """
+        schedules = {"linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine}
+        if schedule not in schedules:
+            raise ValueError(f"expected a schedule among {', '.join(schedules)}, got {schedule!r}")
+        learned = variance == "learned"
+        denoiser: nn.Module
+        match network:
+            case "mlp":
+                denoiser = ResidualMLP(data_shape, hidden, blocks, with_variance=learned)
+            case "unet":
+                denoiser = UNet(data_shape, (hidden, 2 * hidden), blocks, with_variance=learned)
+            case _:
+                raise ValueError(f"expected a network among mlp, unet, got {network!r}")
+        return cls(denoiser, schedules[schedule](num_timesteps), data_shape, predict, variance, likelihood)
+
+    def announce_parameters(self) -> None:
+        """Announces the network's parameters and the likelihood's."""
+        self.announce("network", "likelihood")
+
+    def reverse_law(self, output: Tensor, x_t: Tensor, t: Tensor) -> dist.TorchDistribution:
+        """N(mu(x_t, t), sigma_t^2 I); see the base class."""
+        return dist.Normal(self.mean(output, x_t, t), self.scale(output, x_t, t)).to_event(len(self.data_shape))
+
+    def reconstruction_law(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
+        """likelihood(mu(x_1, 1)), its scale sigma_1 unless it states its own; see the base class."""
+        t = self._time(1, x_1)
+        mean = self.mean(output, x_1, t)
+        if not self.likelihood.needs_scale:
+            return self.likelihood(mean, len(self.data_shape))
+        learned = self.variance == "learned"
+        scale = self.scale(output, x_1, t) if learned else self.process.coefficient("sqrt_beta", t, x_1)
+        return self.likelihood((mean, scale), len(self.data_shape))
+
+    def mean(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """mu(x_t, t), ``[*batch, *data_shape]``, from the network's output there."""
+        prediction, c = self._prediction(output), partial(self.process.coefficient, t=t, like=x_t)
+        match self.predict:
+            case "eps":
+                return (x_t - c("beta") / c("sqrt_marginal_variance") * prediction) / c("sqrt_alpha")
+            case "x_0":
+                return self.process.posterior_mean(x_t, prediction, t)
+        return prediction
+
+    def scale(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """sigma_t, broadcastable to ``[*batch, *data_shape]``; for t >= 2, and for t = 1 where it is learned."""
+        c = partial(self.process.coefficient, t=t, like=x_t)
+        match self.variance:
+            case "beta":
+                return c("sqrt_beta")
+            case "posterior":
+                return c("sqrt_posterior_variance")
+        high, low = c("log_beta"), c("log_beta")
+        if self.num_timesteps > 1:
+            low = self.process.coefficient("log_posterior_variance", t.clamp(min=2), x_t)
+        weight = output[..., 1].sigmoid()
+        return (0.5 * (weight * high + (1 - weight) * low)).exp()
+
+    def predict_x_0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The x_0 of which mu(x_t, t) is the posterior mean mu-tilde(x_t, x_0); not clipped."""
+        prediction, c = self._prediction(output), partial(self.process.coefficient, t=t, like=x_t)
+        match self.predict:
+            case "eps":
+                return (x_t - c("sqrt_marginal_variance") * prediction) / c("sqrt_alpha_bar")
+            case "x_0":
+                return prediction
+        return (prediction - c("posterior_weight_x_t") * x_t) / c("posterior_weight_x_0")
+
+    def predict_eps(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The eps of x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps that goes with mu(x_t, t)."""
+        prediction, c = self._prediction(output), partial(self.process.coefficient, t=t, like=x_t)
+        match self.predict:
+            case "eps":
+                return prediction
+            case "x_0":
+                return (x_t - c("sqrt_alpha_bar") * prediction) / c("sqrt_marginal_variance")
+        return (x_t - c("sqrt_alpha") * prediction) * c("sqrt_marginal_variance") / c("beta")
+
+    def auxiliary_loss(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        r"""\|eps - eps_theta(x_t, t)\|^2, the loss L_simple of notes 003 (arXiv:2006.11239, eq. 14), ``[*batch]``."""
+        c = partial(self.process.coefficient, t=t, like=x_t)
+        eps = (x_t - c("sqrt_alpha_bar") * x_0) / c("sqrt_marginal_variance")
+        return sum_rightmost((eps - self.predict_eps(output, x_t, t)).square(), len(self.data_shape))
+
+    def check_data(self, x: Tensor, name: str = "x") -> None:
+        """Refuses data that the likelihood gives no probability to; see the base class."""
+        self.likelihood.check(x, name)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as nested descriptions; see :func:`ppl_models.registry.describe`."""
+        return {
+            "network": describe(self.network),
+            "schedule": {"class": "NoiseSchedule", **self.process.schedule.config()},
+            "data_shape": list(self.data_shape),
+            "predict": self.predict,
+            "variance": self.variance,
+            "likelihood": describe(self.likelihood),
+        }
+
+    def _prediction(self, output: Tensor) -> Tensor:
+        return output[..., 0] if self.variance == "learned" else output

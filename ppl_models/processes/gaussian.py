@@ -1,0 +1,189 @@
+r"""The Gaussian forward process q of a diffusion: transition, marginal, posterior and prior (lecture notes 001 and 003).
+
+    transition   q(x_t | x_{t-1})      = N(sqrt(alpha_t) x_{t-1}, beta_t I)
+    marginal     q(x_t | x_0)          = N(sqrt(alpha-bar_t) x_0, (1 - alpha-bar_t) I)
+    posterior    q(x_{t-1} | x_t, x_0) = N(mu-tilde_t(x_t, x_0), beta-tilde_t I)
+                 mu-tilde_t   = sqrt(alpha-bar_{t-1}) beta_t / (1 - alpha-bar_t) x_0
+                                + sqrt(alpha_t) (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) x_t
+                 beta-tilde_t = (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) beta_t
+    prior        p(x_T)                = N(0, I)
+
+Notes 001 print mu-tilde as x_0 + (x_t - x_0)/(1 - A_t): a slip, a test shows that it violates Bayes' rule.
+
+Convention: t is a LongTensor in 1..T that broadcasts against the batch shape of x, ``[*batch, *data_shape]``; a law's event is
+one whole datum. Constraint: coefficients are gathered from float64 tables and only then cast to the dtype of x; the
+tables stay float64 when the module is moved to another dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppl_models.processes.schedules import NoiseSchedule
+
+__all__ = ["GaussianProcess"]
+
+_TABLES = (
+    "beta",
+    "alpha",
+    "alpha_bar",
+    "alpha_bar_previous",
+    "marginal_variance",
+    "marginal_variance_previous",
+    "posterior_variance",
+    "posterior_weight_x_0",
+    "posterior_weight_x_t",
+    "snr",
+    "log_alpha",
+    "log_alpha_bar",
+    "log_beta",
+    "log_snr",
+    "log_variance_ratio",
+    "log_posterior_variance",
+)
+_ROOTS = ("alpha", "alpha_bar", "alpha_bar_previous", "beta", "marginal_variance", "posterior_variance")
+
+
+class GaussianProcess(nn.Module):
+    """q(x_1..T | x_0) of a Gaussian diffusion, one law at a time.
+
+    Args:
+        schedule: the variances beta_1..beta_T.
+        data_shape: shape of one datum.
+
+    Attributes:
+        schedule: as given (its tables stay on the CPU).
+        num_timesteps: T.
+
+    Example:
+        >>> process = GaussianProcess(NoiseSchedule.cosine(100), data_shape=(8, 8))
+        >>> x_t = process.marginal(torch.zeros(5, 8, 8), torch.tensor(50)).sample()
+        >>> x_t.shape, process.posterior(x_t, torch.zeros(5, 8, 8), torch.tensor([2, 3, 50, 99, 100])).batch_shape
+        (torch.Size([5, 8, 8]), torch.Size([5]))
+    """
+
+    prior_loc: Tensor
+    prior_scale: Tensor
+
+    def __init__(self, schedule: NoiseSchedule, data_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.data_shape = torch.Size(data_shape)
+        self.num_timesteps = schedule.num_timesteps
+        tables = {name: getattr(schedule, name) for name in _TABLES}
+        tables |= {f"sqrt_{name}": tables[name].sqrt() for name in _ROOTS}
+        self.names = tuple(tables)
+        for name, table in tables.items():
+            # entry 0 is NaN: t = 0 is the data, and must not wrap around to step T where nothing is validated
+            self.register_buffer(f"_{name}", torch.cat([table.new_full((1,), torch.nan), table]), persistent=False)
+        self.register_buffer("prior_loc", torch.zeros(self.data_shape), persistent=False)
+        self.register_buffer("prior_scale", torch.ones(self.data_shape), persistent=False)
+
+    def transition(self, x_previous: Tensor, t: Tensor) -> dist.TorchDistribution:
+        """q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I).
+
+        Args:
+            x_previous: x_{t-1}, ``[*batch, *data_shape]``.
+            t: LongTensor in 1..T, broadcasting against ``batch``.
+
+        Returns:
+            A Normal with batch shape ``batch``, event shape ``data_shape``.
+
+        Raises:
+            ValueError: shapes that do not fit; with validation on, also t outside 1..T.
+            TypeError: t is not a LongTensor.
+        """
+        loc = self.coefficient("sqrt_alpha", t, x_previous) * x_previous
+        return self._law(loc, self.coefficient("sqrt_beta", t, x_previous))
+
+    def marginal(self, x_0: Tensor, t: Tensor) -> dist.TorchDistribution:
+        """q(x_t | x_0) = N(sqrt(alpha-bar_t) x_0, (1 - alpha-bar_t) I); see :meth:`transition`."""
+        loc = self.coefficient("sqrt_alpha_bar", t, x_0) * x_0
+        return self._law(loc, self.coefficient("sqrt_marginal_variance", t, x_0))
+
+    def posterior(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> dist.TorchDistribution:
+        """q(x_{t-1} | x_t, x_0) = N(mu-tilde_t, beta-tilde_t I), for t >= 2; see :meth:`transition`.
+
+        At t = 1 it is a point mass on x_0, of scale 0, which validation refuses: mask it out before.
+        """
+        if dist.is_validation_enabled() and isinstance(t, Tensor) and bool((t == 1).any()):
+            raise ValueError(
+                "expected t >= 2 for q(x_{t-1} | x_t, x_0), got t = 1, where it is a point mass on x_0: "
+                "mask these entries and put another t there"
+            )
+        return self._law(self.posterior_mean(x_t, x_0, t), self.coefficient("sqrt_posterior_variance", t, x_t))
+
+    def posterior_mean(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+        """mu-tilde_t(x_t, x_0), ``[*batch, *data_shape]``, for all t in 1..T (x_0 itself at t = 1)."""
+        weight_x_0 = self.coefficient("posterior_weight_x_0", t, x_0)
+        weight_x_t = self.coefficient("posterior_weight_x_t", t, x_t)
+        return weight_x_0 * x_0 + weight_x_t * x_t
+
+    def prior(self) -> dist.TorchDistribution:
+        """p(x_T) = N(0, I): batch shape ``()``, event shape ``data_shape``, in the module's dtype."""
+        return self._law(self.prior_loc, self.prior_scale)
+
+    def coefficient(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """One coefficient per t, shaped to broadcast against data.
+
+        Args:
+            name: a table of :class:`NoiseSchedule`, or ``sqrt_`` before alpha, alpha_bar, alpha_bar_previous, beta,
+                marginal_variance or posterior_variance; all are in ``self.names``.
+            t: LongTensor in 1..T, broadcasting against the batch of ``like``.
+            like: data ``[*batch, *data_shape]``, whose dtype the result takes.
+
+        Returns:
+            ``[*t.shape, 1, ..., 1]`` with ``len(data_shape)`` ones.
+
+        Raises:
+            ValueError: an unknown name, or data of another shape; with validation on, also t outside 1..T.
+            TypeError: t is not a LongTensor.
+        """
+        n = len(self.data_shape)
+        if name not in self.names:
+            raise ValueError(f"expected a coefficient among {', '.join(self.names)}, got {name!r}")
+        if like.dim() < n or like.shape[like.dim() - n :] != self.data_shape:
+            raise ValueError(
+                f"expected data of shape [*batch, {', '.join(map(str, self.data_shape))}], got {list(like.shape)}: "
+                "keep the data's own dimensions last"
+            )
+        self._check_t(t)
+        # Not table[t]: for a t of no dims that reads its value, which waits for the device and cannot be traced.
+        gathered = torch.take(self._buffers[f"_{name}"], t).to(like.dtype)  # type: ignore[arg-type]
+        return gathered.reshape((*t.shape, *[1] * n))
+
+    def _check_t(self, t: Tensor) -> None:
+        if not isinstance(t, Tensor) or t.dtype != torch.long:
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(
+                f"expected t to be a LongTensor of steps 1..{self.num_timesteps}, got {got}: use torch.tensor(t)"
+            )
+        if dist.is_validation_enabled():
+            outside = (t < 1) | (t > self.num_timesteps)
+            if bool(outside.any()):
+                raise ValueError(
+                    f"expected every t in 1..{self.num_timesteps}, got {int(t[outside][0])}: steps are counted from 1, "
+                    "and t = 0 is the data"
+                )
+
+    def _law(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        return dist.Normal(loc, scale).to_event(len(self.data_shape))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GaussianProcess:
+        """Moves everything, but leaves the tables in float64 (``.float()``, ``.half()`` act on what the prior returns)."""
+        tables = {key: table for key, table in self._buffers.items() if key.startswith("_") and table is not None}
+        super()._apply(fn, recurse)
+        for key, table in tables.items():
+            moved = self._buffers[key]
+            assert moved is not None
+            self._buffers[key] = table.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Schedule and shape, for ``print(process)``."""
+        return f"{self.schedule!r}, data_shape={tuple(self.data_shape)}"
