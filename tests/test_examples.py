@@ -1,9 +1,11 @@
 """Every example runs, at tiny size, and says what it claims; an example without a test here fails."""
 
 import importlib.util
+import struct
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ TESTED = {
     "ladder_of_bounds",
     "markov_chains_forget",
     "one_bound_three_derivations",
+    "published_table_1",
     "one_table",  # in test_examples_table.py
     "text_d3pm",  # in test_examples_text.py
     "vae_on_digits",
@@ -104,3 +107,22 @@ def test_one_bound_three_derivations(tmp_path, capsys):
     exact = found[3]  # all L_t: the quietest
     assert all(abs(e.mean - exact.mean) < 7 * (e.std_error**2 + exact.std_error**2) ** 0.5 for e in found)
     assert (tmp_path / "e.png").is_file()
+
+
+def test_published_table_1(tmp_path, capsys):
+    """Ten images of each part in MNIST's own format, one epoch, and the table is there; a second call trains nothing."""
+    torch.set_default_dtype(torch.float32)
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 28, 28), dtype=np.uint8)
+    for part in ("train", "t10k"):
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, 10, 28, 28) + pixels.tobytes())
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 10) + bytes(10))
+    options = {"epochs": 1, "rows": 3, "num_test": 10, "num_particles": 20}
+    example = _load("published_table_1")
+    table = example.main(f"mnist:{tmp_path}", tmp_path / "runs", **options)
+    assert [row[0] for row in table] == ["vae-1-1", "vae-2-1", "vae-1-5"]
+    assert [row[3] for row in table] == ["86.76", "85.33", "86.47"]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    again = example.main(f"mnist:{tmp_path}", tmp_path / "runs", **options)
+    assert [row[0] for row in again] == [row[0] for row in table]
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert "published" in capsys.readouterr().out

@@ -106,7 +106,7 @@ def check_guide(plan: Plan) -> None:
     auxiliary = [n for n, s in guide.items() if n not in model and not s["is_observed"] and not _is_delta(s)]
     if not masses and not auxiliary:
         return
-    moved, moving, sizes = _moves(plan, masses, auxiliary)
+    moved, moving, sizes = _moves(plan, masses, auxiliary) if auxiliary else (set[str](), set[str](), 0)
     for name in masses:
         if name not in moved:
             raise EvidenceError(
