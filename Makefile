@@ -22,6 +22,9 @@ test-slow: .venv/ready
 check: lint types test doctests
 
 bench: .venv/ready
+	$(BIN)/python -m tests.benchmarks.steps
+	$(BIN)/python -m tests.benchmarks.diffusion
+	$(BIN)/python -m tests.benchmarks.discrete
 	$(BIN)/python -m tests.benchmarks.evidence
 
 lint: .venv/ready

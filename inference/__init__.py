@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from inference.nuts import GoldStandardError, GuideComparison, compare_guide, gold_standard
     from inference.posterior import load_posterior, save_posterior, to_datatree
     from inference.respacing import respaced
+    from inference.training.compilation import CompiledObjective, compile_objective
     from inference.training.config import ConfigError, TrainConfig
     from inference.training.datasets import DataError, DataSet, as_dataset, load_data
     from inference.training.diffusion_objective import DiffusionLoss
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from inference.training.loop import fit
     from inference.training.objectives import ElboLoss
     from inference.training.runs import Run, RunError, load_run
+    from inference.training.traceability import NotTraceableError
     from inference.views.progressive import draw_progressive, progressive
 
 __distribution__ = "ppl-models"
@@ -54,6 +56,7 @@ _HOMES = {
     "AnnealedEvidence": "inference.bounds.annealing",
     "BidirectionalEvidence": "inference.bounds.bidirectional",
     "Calibration": "inference.bounds.calibration",
+    "CompiledObjective": "inference.training.compilation",
     "ConfigError": "inference.training.config",
     "DataError": "inference.training.datasets",
     "DataSet": "inference.training.datasets",
@@ -77,6 +80,7 @@ _HOMES = {
     "Ladder": "inference.bounds.ladder",
     "NotANumberError": "inference.bounds",
     "NotRefinableError": "inference.bounds.refinement",
+    "NotTraceableError": "inference.training.traceability",
     "PairError": "inference.bounds",
     "Run": "inference.training.runs",
     "RunError": "inference.training.runs",
@@ -94,6 +98,7 @@ _HOMES = {
     "as_dataset": "inference.training.datasets",
     "bidirectional_evidence": "inference.bounds.bidirectional",
     "compare_guide": "inference.nuts",
+    "compile_objective": "inference.training.compilation",
     "decompose_diffusion": "inference.bounds.diffusion",
     "decompose_elbo": "inference.bounds",
     "decompose_forward": "inference.bounds.forward_form",
@@ -124,6 +129,7 @@ __all__ = [
     "AnnealedEvidence",
     "BidirectionalEvidence",
     "Calibration",
+    "CompiledObjective",
     "ConfigError",
     "DataError",
     "DataSet",
@@ -147,6 +153,7 @@ __all__ = [
     "Ladder",
     "NotANumberError",
     "NotRefinableError",
+    "NotTraceableError",
     "PairError",
     "Run",
     "RunError",
@@ -164,6 +171,7 @@ __all__ = [
     "as_dataset",
     "bidirectional_evidence",
     "compare_guide",
+    "compile_objective",
     "decompose_diffusion",
     "decompose_elbo",
     "decompose_forward",

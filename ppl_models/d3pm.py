@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
@@ -171,9 +172,13 @@ class D3PM(Diffusion):
         logits = self.process.posterior_logits(x_t, self.x_0_logits(output, x_t), t)
         return ClassLaw(logits=logits).to_event(len(self.data_shape))
 
+    def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """See the base class; the laws themselves, K numbers for each entry, are made only where the transitions need them."""
+        return self.process.step_divergence(x_t, x_0, self.x_0_logits(output, x_t), t)
+
     def reconstruction_law(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """p(x_0 | x_1) itself; see the base class."""
-        return self._x_0_law(output, x_1)
+        return ClassLaw(logits=self.x_0_logits(output, x_1)).to_event(len(self.data_shape))
 
     def predict_x_0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The expected class sum_k k p(x_0 = k | x_t), a float: meaningful where the classes are ordered, as grey levels."""
@@ -182,7 +187,8 @@ class D3PM(Diffusion):
 
     def auxiliary_loss(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """-log p(x_0 | x_t), ``[*batch]`` nats: what the hybrid loss adds lambda times (eq. 5)."""
-        return -self._x_0_law(output, x_t).log_prob(x_0)
+        log_p = self.x_0_logits(output, x_t).log_softmax(-1)
+        return -sum_rightmost(log_p.gather(-1, x_0.expand(x_t.shape)[..., None])[..., 0], len(self.data_shape))
 
     def masked_term(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """w_t sum_{i : x_t^i = m} -log p(x_0^i | x_t), ``[*batch]`` nats: L_{t-1} of absorbing transitions at one draw of x_t.
@@ -223,9 +229,6 @@ class D3PM(Diffusion):
             "num_classes": self.num_classes,
             "output": self.output,
         }
-
-    def _x_0_law(self, output: Tensor, x_t: Tensor) -> dist.TorchDistribution:
-        return ClassLaw(logits=self.x_0_logits(output, x_t)).to_event(len(self.data_shape))
 
 
 def logistic_logits(parameters: Tensor, x_t: Tensor, num_classes: int) -> Tensor:

@@ -153,6 +153,13 @@ class DDPM(Diffusion):
         """N(mu(x_t, t), sigma_t^2 I); see the base class."""
         return dist.Normal(self.mean(output, x_t, t), self.scale(output, x_t, t)).to_event(len(self.data_shape))
 
+    def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        r"""\|mu - mu-tilde\|^2 / (2 sigma_t^2) + (D/2)(r - 1 - log r), r = beta-tilde_t / sigma_t^2; see the base class."""
+        error = self.mean(output, x_t, t) - self.process.posterior_mean(x_t, x_0, t)
+        scale = self.scale(output, x_t, t)
+        ratio = (self.process.coefficient("sqrt_posterior_variance", t, x_t) / scale).square()
+        return 0.5 * sum_rightmost((error / scale).square() + (ratio - 1 - ratio.log()), len(self.data_shape))
+
     def reconstruction_law(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """likelihood(mu(x_1, 1)), its scale sigma_1 unless it states its own; see the base class."""
         t = self._time(1, x_1)

@@ -29,6 +29,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from ppl_models.pair import ModelGuidePair
 
@@ -53,6 +54,12 @@ class Process(Protocol):
     def prior(self) -> dist.TorchDistribution:
         """p(x_T)."""
 
+    def sample_marginal(self, x_0: Tensor, t: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_0)."""
+
+    def prior_divergence(self, x_0: Tensor) -> Tensor:
+        """KL(q(x_T | x_0) || p(x_T)), ``[*batch]`` nats."""
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Any:
         """Moves its tensors."""
 
@@ -61,7 +68,9 @@ class Diffusion(ModelGuidePair, ABC):
     """A diffusion model: a process q that is given, and a network that is trained to run it backwards.
 
     Subclasses say what the network's output means: :meth:`reverse_law`, :meth:`reconstruction_law`,
-    :meth:`predict_x_0` and :meth:`auxiliary_loss`. The programs are here, once for all of them.
+    :meth:`predict_x_0` and :meth:`auxiliary_loss`. The programs are here, once for all of them. A :meth:`step_divergence`
+    of fewer operations belongs to the reverse law that it was made for: a subclass with another law goes back to the KL
+    of the two laws.
 
     Args:
         network: ``network(x_t, t)``, x_t ``[..., *data_shape]`` and t int64 in 1..T of shape ``[...]`` -> output
@@ -88,6 +97,11 @@ class Diffusion(ModelGuidePair, ABC):
         discrete = self.process.prior().support.is_discrete
         dtype = torch.int64 if discrete else reference.dtype
         self._check_network(torch.zeros(1, *self.data_shape, dtype=dtype, device=reference.device))
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "reverse_law" in vars(cls) and "step_divergence" not in vars(cls):
+            cls.step_divergence = Diffusion.step_divergence  # type: ignore[method-assign]
 
     @property
     def num_timesteps(self) -> int:
@@ -123,6 +137,10 @@ class Diffusion(ModelGuidePair, ABC):
     def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The network's output at (x_t, t), ``[*batch, *output_shape]``; t is spread over the batch first."""
         return self.network(x_t, t.expand(x_t.shape[: x_t.dim() - len(self.data_shape)]))
+
+    def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), ``[*batch]`` nats, from the network's output at (x_t, t), t >= 2."""
+        return kl_divergence(self.process.posterior(x_t, x_0, t), self.reverse_law(output, x_t, t))
 
     def reverse(self, x_t: Tensor, t: Tensor) -> dist.TorchDistribution:
         """p(x_{t-1} | x_t), t >= 2."""

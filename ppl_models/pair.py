@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +62,7 @@ class ModelGuidePair(nn.Module, ABC):
     """
 
     data_site: str = "x"
+    _unannounced: bool = False
 
     def __init__(self, data_shape: tuple[int, ...] | torch.Size, latent_sites: tuple[str, ...]) -> None:
         super().__init__()
@@ -138,7 +141,7 @@ class ModelGuidePair(nn.Module, ABC):
         Args:
             submodules: attribute names, as in ``self.announce("decoder", "likelihood")``.
         """
-        if not am_i_wrapped():
+        if self._unannounced or not am_i_wrapped():
             return
         for name in submodules:
             member = getattr(self, name)
@@ -147,6 +150,24 @@ class ModelGuidePair(nn.Module, ABC):
             else:
                 for parameter_name, parameter in member.named_parameters():
                     _emit(param_with_module_name(name, parameter_name), parameter)
+
+    @contextmanager
+    def unannounced(self) -> Iterator[None]:
+        """Within it the programs announce no parameters: for those who read them from the module, and want the time.
+
+        Example:
+            >>> from pyro import poutine
+            >>> from ppl_models.linear_gaussian import LinearGaussian
+            >>> pair = LinearGaussian.random(data_dim=3, latent_dim=2)
+            >>> with pair.unannounced():
+            ...     list(poutine.trace(pair.model).get_trace(size=2).param_nodes)
+            []
+        """
+        before, self._unannounced = self._unannounced, True
+        try:
+            yield
+        finally:
+            self._unannounced = before
 
 
 def _emit(name: str, parameter: Tensor) -> None:

@@ -15,14 +15,22 @@ from inference.commands.looking import Force, RunFolder, Seed, Spec
 from inference.commands.writing import check_new, check_suffix, keep_record
 
 if TYPE_CHECKING:
+    from inference.bounds.diffusion import DiffusionDecomposition
     from inference.bounds.evidence import Evidence
 
 PICTURES = (".png", ".svg", ".pdf")
+FEW_STEPS = 5  # of a diffusion, up to which whole chains are weighted
+EXACT_ROWS = 2**20  # (datum, z) pairs, up to which the evidence of discrete latents is summed as well
 
 
 def evidence(
     run: RunFolder,
-    particles: Annotated[int, typer.Option(metavar="K", min=1, help="draws from the guide per datum")] = 5000,
+    particles: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", min=1, help="draws from the guide per datum", show_default="5000; 4 a term for a diffusion"
+        ),
+    ] = None,
     se: Annotated[
         float | None,
         typer.Option(metavar="NATS", min=1e-6, help="draw on until each datum's standard error is below this"),
@@ -43,21 +51,53 @@ def evidence(
     """Estimate log p(x) of held-out data by importance weighting, per datum with its error, and say how far to trust it.
 
     IWAE-K bound, standard error, effective sample size and Pareto k-hat; nats and bits/dim. The means are also written to
-    RUN/evidence.json. With --ladder: ELBO, IWAE-K, AIS and reverse AIS, which bound log p(x) from both sides.
+    RUN/evidence.json. With --ladder: ELBO, IWAE-K, AIS and reverse AIS, which bound log p(x) from both sides. Where the latents
+    can be summed over, log p(x) is also exact; of a diffusion of many steps it is the ELBO, a lower bound, and said to be one.
     """
+    import torch
+
+    from inference.bounds.diffusion import decompose_diffusion
     from inference.bounds.importance import log_evidence
     from inference.commands.choices import seeded
     from inference.commands.opening import open_run
+    from inference.views.bounds import PARTICLES_A_TERM, has_point_guide
+    from ppl_models.autoencoder import AutoEncoder
+    from ppl_models.diffusion import Diffusion
+    from ppl_models.discrete_vae import CategoricalVAE
 
     if ladder is not None:
         check_suffix(ladder, *PICTURES)
         check_new(ladder, force=force)
     opened = open_run(run, data, num_data)
     pair, x = opened.pair, opened.x
+    if isinstance(pair, AutoEncoder):
+        raise ValueError(
+            "expected a model with a prior p(z), got an autoencoder: it has no p(x) to estimate; ppl terms shows its loss"
+        )
+    if has_point_guide(pair):
+        raise ValueError(
+            f"expected a guide that draws z, got {type(pair).__name__}, whose guide is one point for each datum: there are no "
+            "importance weights to average; ppl terms shows its bound"
+        )
+    if isinstance(pair, Diffusion) and pair.num_timesteps > FEW_STEPS:
+        if se is not None or gaps or ladder is not None:
+            raise ValueError(
+                f"expected no --se, --gaps or --ladder for a diffusion of more than {FEW_STEPS} steps, got T = "
+                f"{pair.num_timesteps}: weights of whole chains are too uneven for them; leave them out"
+            )
+        d = decompose_diffusion(pair, x, particles or PARTICLES_A_TERM, seed=seed)
+        _bound(d, opened.words, seed, run / "evidence.json", force=force)
+        return
     with seeded(seed):
-        estimate = log_evidence(pair.model, pair.guide, x, num_particles=particles, target_std_error=se)
+        estimate = log_evidence(pair.model, pair.guide, x, num_particles=particles or 5000, target_std_error=se)
         print(f"{opened.words}\n{estimate.table()}")
         record = {"data": opened.words, "seed": seed, **evidence_record(estimate)}
+        if isinstance(pair, CategoricalVAE) and len(x) * pair.num_classes**pair.num_latents <= EXACT_ROWS:
+            with torch.no_grad():
+                exact = float(pair.log_evidence(x).double().mean())
+            record["exact_log_evidence"] = exact
+            states = f"{pair.num_classes}^{pair.num_latents}"
+            print(f"  exact, summed over all {states} values of z: mean log p(x) = {exact:.4f} nats")
         print(keep_record(run / "evidence.json", record, force=force))
         if gaps:
             from inference.bounds.gaps import inference_gap
@@ -80,12 +120,14 @@ def calibrate(
     """
     from inference.bounds.calibration import simulation_based_calibration
     from inference.commands.choices import seeded
+    from inference.commands.opening import check_draws
     from inference.training.runs import load_run
 
     if figure is not None:
         check_suffix(figure, *PICTURES)
         check_new(figure, force=force)
     opened = load_run(run)
+    check_draws(opened.pair, "hold against the model", "ppl terms shows by t how far the model is from it")
     with seeded(seed):
         calibration = simulation_based_calibration(opened.pair, num_simulations=simulations)
     print(calibration.table())
@@ -126,6 +168,20 @@ def evidence_record(estimate: Evidence) -> dict[str, Any]:
         "note": estimate.note,
         "warnings": list(estimate.warnings),
     }
+
+
+def _bound(d: DiffusionDecomposition, words: str, seed: int, path: Path, *, force: bool) -> None:
+    """Prints and keeps a diffusion's ELBO in place of its evidence."""
+    from inference.commands.looking import by_t_record
+
+    elbo, error = float(d.elbo.mean()), d.mean_std_error
+    print(
+        f"{words}\n{d.table()}\n  log p(x_0) >= {elbo:.4f} +- {error:.4f} nats: the ELBO, a lower bound. How far "
+        "below log p(x_0) it lies is not known: weights of whole chains are too uneven to say"
+    )
+    dropped = ("t", "loss", "std_error")
+    record = {key: value for key, value in by_t_record(d).items() if key not in dropped}
+    print(keep_record(path, {"data": words, "seed": seed, "bound": "lower: the ELBO", **record}, force=force))
 
 
 def _ladder(pair: Any, num_data: int, path: Path, *, force: bool) -> None:

@@ -14,6 +14,7 @@ import typer
 from inference.commands.writing import FORCE, check_new, check_suffix, keep_record
 
 if TYPE_CHECKING:
+    from inference.bounds.diffusion import DiffusionDecomposition
     from inference.bounds.terms import Decomposition
     from ppl_models.pair import ModelGuidePair
 
@@ -22,6 +23,13 @@ SAMPLES_AT_ONCE = 1024
 SUMMARY_ROWS = 10
 TRACED_DATA = 4
 
+
+def _draws(default: str) -> Any:
+    shown = f"{default}; 4 a term for a diffusion, 2 for a guide that draws nothing"
+    return typer.Option(metavar="N", min=2, help="draws from the guide per datum", show_default=shown)
+
+
+Particles = Annotated[int | None, _draws("1000")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a trained run", show_default=False)]
 Spec = Annotated[
     str | None,
@@ -33,7 +41,7 @@ Force = Annotated[bool, FORCE]
 
 def terms(
     run: RunFolder,
-    particles: Annotated[int, typer.Option(metavar="N", min=2, help="draws from the guide per datum")] = 1000,
+    particles: Particles = None,
     num_data: Annotated[int, typer.Option(metavar="N", min=1, help="how many held-out data, the first ones")] = 1000,
     data: Spec = None,
     seed: Seed = 0,
@@ -41,18 +49,35 @@ def terms(
 ) -> None:
     """Print the bound term by term, on held-out data: closed form beside Monte Carlo, and which of them is used.
 
-    ELBO(x) = sum over sites of E_q[log p - log q], nats per datum. The figures are also written to RUN/terms.json.
+    ELBO(x) = sum over sites of E_q[log p - log q], nats per datum; of a diffusion by t. What the terms do not say is said
+    below: active units and collapsed layers, codes in use. The figures are also written to RUN/terms.json, and of a
+    diffusion drawn in RUN/figures/terms.png.
     """
-    from inference.bounds.decomposition import decompose_elbo
+    from inference.bounds.diffusion import DiffusionDecomposition
     from inference.commands.choices import seeded
     from inference.commands.opening import open_run
+    from inference.views.bounds import decompose, remarks
 
     opened = open_run(run, data, num_data)
     with seeded(seed):
-        d = decompose_elbo(opened.pair.model, opened.pair.guide, opened.x, num_particles=particles)
-    print(f"{opened.words}\n{d.table()}")
-    record = {"data": opened.words, "seed": seed, **terms_record(d)}
+        d = decompose(opened.pair, opened.x, particles)
+        said = remarks(opened.pair, opened.x, d)
+    print("\n".join([opened.words, d.table(), *(f"  {remark}" for remark in said)]))
+    figures = by_t_record(d) if isinstance(d, DiffusionDecomposition) else terms_record(d)
+    record = {"data": opened.words, "seed": seed, **figures, "remarks": said}
     print(keep_record(run / "terms.json", record, force=force))
+    if isinstance(d, DiffusionDecomposition):
+        from inference.training.storage import make_folder
+        from inference.views.diffusion import bound_by_t, draw_bound_by_t
+        from inference.views.figures import save_figure
+
+        picture = run / "figures" / "terms.png"
+        make_folder(picture.parent)
+        if picture.exists() and not force:
+            print(f"{picture} was left as it is; --force replaces it")
+        else:
+            save_figure(draw_bound_by_t(bound_by_t(d)), picture, overwrite=force)
+            print(f"wrote {picture}")
 
 
 def sample(
@@ -66,47 +91,72 @@ def sample(
         ),
     ] = None,
     num: Annotated[int, typer.Option("--num", "-n", metavar="N", min=1, help="how many samples")] = 64,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="of a ddpm: N of the T steps, spread evenly", show_default="all"),
+    ] = None,
+    eta: Annotated[
+        float,
+        typer.Option(metavar="ETA", min=0.0, max=1.0, help="of a ddpm: DDIM's, from 1 (ancestral) to 0 (no noise)"),
+    ] = 1.0,
+    film: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="also draw how samples come about: x_t and the predicted x_0 by t; of several layers, redraws below held ones",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
-    """Draw from the model: z ~ p(z), x ~ p(x | z), and the means E[x | z] at the same z; of text, print the draws."""
-    import numpy as np
+    """Draw from the model: z ~ p(z), x ~ p(x | z), and the means E[x | z] at the same z; of text, print the draws.
 
-    from inference.commands.choices import seeded
-    from inference.progress import Progress
+    Of a diffusion, down the chain from x_T to x_0; whatever changes the law of the samples is said with them.
+    """
     from inference.training.runs import load_run
-    from inference.views.plot_data import Samples, samples
 
     suffix = None if out is None else check_suffix(out, ".png", ".svg", ".pdf", ".npz", ".txt")
-    if out is not None:
-        check_new(out, force=force)
+    if film is not None:
+        check_suffix(film, ".png", ".svg", ".pdf")
+    for path in (out, film):
+        if path is not None:
+            check_new(path, force=force)
     if suffix not in (None, ".npz", ".txt") and num > MAX_TILES:
         raise ValueError(f"expected at most {MAX_TILES} samples in a picture, got {num}: write them to a .npz file")
     opened = load_run(run)
     alphabet = opened.config["data"].get("alphabet")
     if alphabet is not None:
+        if film is not None or steps is not None or eta != 1:
+            raise ValueError("expected no --film, --steps or --eta for text, which is drawn as it is: leave them out")
         _sample_text(opened.pair, alphabet, out, num, seed, force=force)
         return
     if out is None or suffix == ".txt":
         raise ValueError(
             f"expected --out with a picture (.png, .svg, .pdf) or arrays (.npz), got {out or 'none'}: this is no text"
         )
-    chunks = []
-    with seeded(seed), Progress("drawing samples", num, unit="samples") as progress:
-        for start in range(0, num, SAMPLES_AT_ONCE):
-            count = min(SAMPLES_AT_ONCE, num - start)
-            chunks.append(samples(opened.pair, count))
-            progress.advance(count)
-    means = [chunk.means for chunk in chunks if chunk.means is not None]
-    drawn = Samples(np.concatenate([chunk.draws for chunk in chunks]), np.concatenate(means) if means else None)
+    from inference.commands.sampling import check_options, draw, draw_film
+
+    pair, stated = opened.pair, opened.config["data"]
+    check_options(pair, steps, eta, film)
+    drawn = draw(pair, num, steps, eta, seed)
     if suffix == ".npz":
         _write_arrays(out, {"x": drawn.draws} | ({} if drawn.means is None else {"mean": drawn.means}), force=force)
     else:
         from inference.views.figures import draw_samples, save_figure
         from inference.views.report import shown_range
 
-        save_figure(draw_samples(drawn, shown_range(opened.config["data"], drawn.draws)), out, overwrite=force)
-    print(f"wrote {num} samples to {out}")
+        save_figure(draw_samples(drawn, shown_range(stated, drawn.draws)), out, overwrite=force)
+    print(f"wrote {num} samples to {out}: {drawn.law}")
+    if film is not None:
+        from inference.views.figures import save_figure
+        from inference.views.report import shown_range
+
+        figure, table = draw_film(pair, steps, eta, seed, shown_range(stated, drawn.draws))
+        if table:
+            print(table)
+        save_figure(figure, film, overwrite=force)
+        print(f"wrote {film}")
 
 
 def posterior(
@@ -128,30 +178,35 @@ def posterior(
     Prints the head of ArviZ's summary. Read the file with inference.load_posterior, or with xarray.open_datatree.
     """
     from inference.commands.choices import seeded
-    from inference.commands.opening import open_run
+    from inference.commands.opening import check_draws, open_run
     from inference.posterior import GROUPS, plot_posterior, save_posterior, summary, to_datatree
 
     out = run / "posterior.nc" if out is None else out
     check_suffix(out, ".nc")
     opened = open_run(run, data, num_data)
+    check_draws(
+        opened.pair, "draw a posterior from", "ppl sample --film shows the chain, ppl terms what each step costs"
+    )
     for path in (out, figure):
         if path is not None:
             check_new(path, force=force)
-    dims = {"x": ["row", "column"]} if len(opened.pair.data_shape) == 2 else None
+    dims = {opened.pair.data_site: ["row", "column"]} if len(opened.pair.data_shape) == 2 else None
     with seeded(seed):
         tree = to_datatree(opened.pair, opened.x, num_samples=num_samples, dims=dims)
     save_posterior(tree, out, overwrite=force)
     sites = [site for site in opened.pair.latent_sites if site in tree["posterior"].data_vars]
     first = summary(tree, var_names=sites, coords={"data": [0]})
-    print(f"{opened.words}; {num_samples} draws of each group\n{first.head(SUMMARY_ROWS).to_string()}")
-    if len(first) > SUMMARY_ROWS:
-        print(f"... and {len(first) - SUMMARY_ROWS} more of datum 0")
+    rows = first.groupby(first.index.str.partition("[").get_level_values(0), sort=False)
+    shown = rows.head(max(2, SUMMARY_ROWS // len(sites)))  # some of each layer
+    print(f"{opened.words}; {num_samples} draws of each group\n{shown.to_string()}")
+    if len(first) > len(shown):
+        print(f"... and {len(first) - len(shown)} more of datum 0")
     print(f"wrote {out}: {', '.join(group for group in GROUPS if group in tree.children)}")
     if figure is not None:
         from inference.views.figures import save_figure
 
-        shown = plot_posterior(tree, var_names=sites, coords={"data": [0, 1][: len(opened.x)]})
-        save_figure(shown, figure, overwrite=force)
+        forest = plot_posterior(tree, var_names=sites, coords={"data": [0, 1][: len(opened.x)]})
+        save_figure(forest, figure, overwrite=force)
         print(f"wrote {figure}")
 
 
@@ -161,11 +216,14 @@ def trace(
     data: Spec = None,
     force: Force = False,
 ) -> None:
-    """Show model and guide site by site: plates, laws, shapes, log-densities, closed forms; and their graph as Mermaid."""
+    """Show model and guide site by site: plates, laws, shapes, log-densities, closed forms; and their graph as Mermaid.
+
+    A diffusion's chain of many steps is shown by its ends.
+    """
     from inference.commands.choices import seeded
     from inference.commands.opening import open_run
     from inference.training.storage import write_atomic
-    from inference.views.programs import graph_svg, mermaid, program_table
+    from inference.views.chain_programs import pair_mermaid, pair_svg, pair_table
 
     if svg is not None:
         check_suffix(svg, ".svg")
@@ -173,15 +231,15 @@ def trace(
     opened = open_run(run, data, TRACED_DATA)
     pair, x = opened.pair, opened.x
     with seeded(0):
-        print(f"{opened.words}\n{program_table(pair.model, pair.guide, x)}\n\n{mermaid(pair.model, pair.guide, x)}")
+        print(f"{opened.words}\n{pair_table(pair, x)}\n\n{pair_mermaid(pair, x)}")
         if svg is not None:
-            write_atomic(svg, graph_svg(pair.model, pair.guide, x))
+            write_atomic(svg, pair_svg(pair, x))
             print(f"\nwrote {svg}")
 
 
 def report(
     run: RunFolder,
-    particles: Annotated[int, typer.Option(metavar="N", min=2, help="draws from the guide per datum")] = 200,
+    particles: Annotated[int | None, _draws("200")] = None,
     num_data: Annotated[int, typer.Option(metavar="N", min=1, help="how many held-out data, the first ones")] = 1000,
     data: Spec = None,
     seed: Seed = 0,
@@ -189,8 +247,8 @@ def report(
 ) -> None:
     """Write RUN/report.html, one page to open offline or to send, and its pictures to RUN/figures.
 
-    Configuration, learning curve split in rate and distortion, the bound term by term, samples, reconstructions,
-    traversals, the latent map, and the two programs.
+    Configuration, learning curve split in rate and distortion, the bound term by term, samples, the two programs; of latents
+    that are learned also reconstructions, traversals and a map; of several layers, of a diffusion, how samples come about.
     """
     from inference.commands.choices import seeded
     from inference.commands.opening import open_run
@@ -220,8 +278,8 @@ def terms_record(d: Decomposition) -> dict[str, Any]:
 
     shown = bound_terms(d)
     columns = {
-        "closed_form": shown.best,
-        "closed_form_std_error": shown.best_error,
+        "best": shown.best,
+        "best_std_error": shown.best_error,
         "monte_carlo": shown.monte_carlo,
         "monte_carlo_std_error": shown.monte_carlo_error,
     }
@@ -229,11 +287,52 @@ def terms_record(d: Decomposition) -> dict[str, Any]:
         name: {key: float(values[i]) if math.isfinite(values[i]) else None for key, values in columns.items()}
         for i, name in enumerate(shown.names)
     }
-    total = rows["ELBO"]
-    rows["ELBO"] = {"best": total.pop("closed_form"), "best_std_error": total.pop("closed_form_std_error"), **total}
     for name, term in d.terms.items():
-        rows[name] |= {"kind": term.kind, "z_score": term.z_score, "reason": term.reason}
+        best, best_error = rows[name].pop("best"), rows[name].pop("best_std_error")
+        half = "log_p_drawn_entropy_closed" if term.with_entropy is not None else "closed_form"
+        rows[name] |= {
+            half: best,
+            f"{half}_std_error": best_error,
+            "kind": term.kind,
+            "z_score": term.z_score,
+            "reason": term.reason,
+        }
     return {"units": shown.per, "num_particles": d.num_particles, "note": d.note, "terms": rows}
+
+
+def by_t_record(d: DiffusionDecomposition) -> dict[str, Any]:
+    """A diffusion's bound as plain data: L_t for t = 0..T with its standard error, nats, averaged over data, and their sum.
+
+    Example:
+        >>> import torch
+        >>> from inference.bounds.diffusion import decompose_diffusion
+        >>> from ppl_models.processes import NoiseSchedule
+        >>> class Zero(torch.nn.Module):
+        ...     def forward(self, x_t, t):
+        ...         return 0 * x_t
+        >>> from ppl_models import DDPM
+        >>> from ppl_models.likelihoods import Normal
+        >>> pair = DDPM(Zero(), NoiseSchedule.cosine(5), (2,), likelihood=Normal())
+        >>> record = by_t_record(decompose_diffusion(pair, torch.zeros(3, 2), num_particles=2))
+        >>> record["t"], len(record["loss"])
+        ([0, 1, 2, 3, 4, 5], 6)
+    """
+    curve = d.curve()
+    bits, bits_error = d.bits_per_dim()
+    return {
+        "units": f"nats, mean over {len(d.elbo)} data",
+        "num_particles": d.num_particles,
+        "note": d.note,
+        "t": curve.t.flip(0).tolist(),
+        "loss": curve.loss.flip(0).tolist(),
+        "std_error": curve.std_error.flip(0).tolist(),
+        "rate": float(d.rate.mean()),
+        "distortion": float(d.distortion.mean()),
+        "elbo": float(d.elbo.mean()),
+        "elbo_std_error": d.mean_std_error,
+        "bits_per_dim": bits,
+        "bits_per_dim_std_error": bits_error,
+    }
 
 
 def _sample_text(pair: ModelGuidePair, alphabet: str, out: Path | None, num: int, seed: int, *, force: bool) -> None:
@@ -243,7 +342,9 @@ def _sample_text(pair: ModelGuidePair, alphabet: str, out: Path | None, num: int
     from inference.training.text_data import decode, printable
 
     if out is not None and out.suffix.lower() not in (".txt", ".npz"):
-        raise ValueError(f"expected a .txt or .npz for samples of text, got {out.name!r}: rename it, or leave --out away")
+        raise ValueError(
+            f"expected a .txt or .npz for samples of text, got {out.name!r}: rename it, or leave --out away"
+        )
     x = ancestral_sample(pair, num, seed=seed, batch_size=SAMPLES_AT_ONCE)
     titled = [f"--- {i} of {num}\n{text}\n" for i, text in enumerate(decode(x, alphabet), 1)]
     if out is None:

@@ -13,6 +13,8 @@ from inference.training.inputs import fingerprint
 from inference.training.items import first_entry, num_items
 from inference.training.runs import Run, load_run
 from inference.training.scaling import binarize_fixed
+from inference.views.bounds import has_point_guide
+from ppl_models.diffusion import Diffusion
 from ppl_models.pair import ModelGuidePair
 
 
@@ -67,10 +69,43 @@ def open_run(folder: Path, spec: str | None = None, num_data: int | None = None)
     return Opened(run, folder, x, None if labels is None else labels[:count], words)
 
 
+def check_draws(pair: ModelGuidePair, purpose: str, of_a_diffusion: str) -> None:
+    """Refuses pairs whose guide is not learned or draws nothing, for what compares or shows its draws.
+
+    Args:
+        pair: the programs.
+        purpose: what the guide is wanted for, as in "draw a posterior from".
+        of_a_diffusion: what to do instead with a diffusion.
+
+    Raises:
+        ValueError: a diffusion, or a guide of point masses.
+
+    Example:
+        >>> from ppl_models import LinearGaussian
+        >>> check_draws(LinearGaussian.random(data_dim=3, latent_dim=2), "draw a posterior from", "")
+    """
+    name = type(pair).__name__
+    if isinstance(pair, Diffusion):
+        raise ValueError(
+            f"expected a learned guide to {purpose}, got {name}, whose guide is the fixed process q(x_t | x_0): "
+            f"{of_a_diffusion}"
+        )
+    if has_point_guide(pair):
+        raise ValueError(
+            f"expected a guide that draws its latents to {purpose}, got {name}, whose guide is one point for each datum: "
+            "ppl terms and ppl report show what it says"
+        )
+
+
 def _data(run: Run, spec: str | None) -> DataSet:
     stated = run.config["data"]
     if spec is not None:
-        return load_data(spec, scaling=stated["scaling"], binarization=stated["binarization"])
+        return load_data(
+            spec,
+            scaling=stated["scaling"],
+            binarization=stated["binarization"],
+            alphabet=stated.get("alphabet"),
+        )
     data = run.data()
     if fingerprint(data) != stated["sha256"]:
         raise DataError(

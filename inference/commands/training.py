@@ -75,6 +75,9 @@ def train(
         int | None, _option("seed", "N", TRAINING, text="of the initial weights, the batches and the draws")
     ] = None,
     device: Annotated[str | None, _option("device", "NAME", TRAINING, text="auto, cpu, cuda or mps")] = None,
+    compile_: Annotated[
+        str | None, typer.Option("--compile", metavar="WHEN", help="auto, on or off", rich_help_panel=TRAINING)
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -106,6 +109,7 @@ def train(
         "learning_rate": learning_rate,
         "seed": seed,
         "device": device,
+        "compile": compile_,
     }
     options = gather_options(given, assignments or [], config, pair or [])
     with cpu_threads(threads):

@@ -2,7 +2,8 @@
 
 Pyro's handlers cost Python time at each site and step. A loss is called once as it is, traced at those shapes to a flat graph
 of its values and gradient (:mod:`.flat_graph`), compared with itself on the same draws, and handed to a compiler. What is
-traced is the law, not the draws: noise is fresh at each call and comes from torch's generator.
+traced is the law, not the draws: noise is fresh at each call and comes from torch's generator, in the order of the loss
+itself, so that from one seed both draw the same.
 
     fast = compile_objective(loss, x)
     fast(x).mean().backward()           # in place of loss(x).mean().backward()
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +52,7 @@ def compile_objective(
     backend: str | Backend = "inductor",
     mode: str | None = None,
 ) -> CompiledObjective:
-    """A loss of a pair as flat compiled graphs: the same values in law, the same gradients, called like the loss.
+    """A loss of a pair as flat compiled graphs: from one seed the same values and gradients to rounding, called like the loss.
 
     Parameters and buffers are read from the loss at each call, so that optimisers, ``load_state_dict`` and gradient
     accumulation work as ever. Tracing and compiling draw no random numbers and change no buffer.
@@ -91,9 +93,9 @@ def compile_objective(
         raise TypeError(f"expected example data as one tensor, got {type(example).__name__}")
     options: dict[str, Any] = {}
     if backend == "inductor":
-        import torch._inductor
-
-        options = torch._inductor.list_mode_options(mode) if mode else options
+        options = {"fallback_random": True} | (
+            _options_of(mode) if mode else {}
+        )  # eager torch's stream of random numbers
     elif mode is not None:
         raise ValueError(f"expected a mode with backend 'inductor' only, got {mode!r} with {backend!r}")
     elif isinstance(backend, str) and backend != "eager":
@@ -200,9 +202,11 @@ class CompiledObjective(nn.Module):
         )
 
     def _inductor(self, graph: GraphModule, inputs: list[Tensor]) -> Any:
-        import torch._inductor
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's, at what it imports itself
+            import torch._inductor
 
-        return torch._inductor.compile(graph, list(inputs), options=self._options)
+            return torch._inductor.compile(graph, list(inputs), options=self._options)
 
     def _run(self, inputs: Any) -> Any:
         """The loss as a function of its parameters, buffers and x."""
@@ -234,9 +238,9 @@ class CompiledObjective(nn.Module):
     def _sample(self, inputs: list[Tensor]) -> Sample:
         """One call of the loss itself, which also lets it decide what it decides at its first call."""
         state, x = inputs[:-1], inputs[-1]
-        versions = [tensor._version for tensor in state]
+        before = [(tensor.detach().clone(), tensor._version) for tensor in state]
         leaves, spec = tree_flatten(getattr(self.loss, self.method)(x if x.requires_grad else x.clone()))
-        mutated = [i for i, tensor in enumerate(state) if tensor._version != versions[i]]
+        mutated = [i for i, tensor in enumerate(state) if _changed(tensor, *before[i])]
         if self._state.write(state):
             raise NotTraceableError(
                 "expected buffers to be changed in place, but the loss puts other tensors in their places: use copy_, or "
@@ -252,6 +256,21 @@ class CompiledObjective(nn.Module):
         _LOG.log(level, "%s", sentence)
 
 
+def _options_of(mode: str) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch._inductor
+
+        return torch._inductor.list_mode_options(mode)
+
+
+def _changed(tensor: Tensor, old: Tensor, version: int) -> bool:
+    """Whether a tensor was written to; batch normalisation does so without a change of version."""
+    if tensor._version != version:
+        return True
+    return not torch.equal(*(t.detach().nan_to_num() for t in (tensor, old)))
+
+
 @contextmanager
 def _kept(buffers: list[Tensor]) -> Iterator[Callable[[], None]]:
     """Puts back what buffers hold, on exit and whenever the function that it yields is called."""
@@ -260,7 +279,7 @@ def _kept(buffers: list[Tensor]) -> Iterator[Callable[[], None]]:
     def put_back() -> None:
         with torch.no_grad():
             for buffer, old, version in before:
-                if buffer._version != version:  # writing in vain would spoil a gradient under way
+                if _changed(buffer, old, version):  # writing in vain would spoil a gradient under way
                     buffer.copy_(old)
 
     try:

@@ -97,7 +97,8 @@ class DataSet:
         _check_choice("scaling", self.scaling, SCALINGS)
         _check_choice("binarization", self.binarization, BINARIZATIONS)
         _check_choice("kind", self.kind, KINDS)
-        if (self.kind == "text") != (self.alphabet is not None) or (self.alphabet and len(self.alphabet) != self.levels):
+        characters = None if self.alphabet is None else len(self.alphabet)
+        if (self.kind == "text") != (characters is not None) or characters not in (None, self.levels):
             raise DataError(
                 f"alphabet: expected as many characters as levels ({self.levels}) with kind 'text' and only there, got "
                 f"{self.alphabet!r:.40} with {self.kind!r}; state both"

@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from inference.training.timesteps import SAMPLERS
@@ -175,9 +174,7 @@ class DiffusionLoss(nn.Module):
 
     def _prior_matching(self, x_0: Tensor) -> Tensor:
         """L_T = KL(q(x_T | x_0) || p(x_T)), ``[B]``."""
-        process = self.pair.process
-        last = torch.full((1,), process.num_timesteps, device=x_0.device)  # an index of no dims would be read out
-        return kl_divergence(process.marginal(x_0, last), process.prior())
+        return self.pair.process.prior_divergence(x_0)
 
     def _at(
         self, x_0: Tensor, t: Tensor, rows: Tensor | None, with_bound: bool, with_auxiliary: bool
@@ -187,7 +184,7 @@ class DiffusionLoss(nn.Module):
         ``rows`` are indices that hold every datum with t = 0; None: all data.
         """
         pair, process = self.pair, self.pair.process
-        x_next = process.marginal(x_0, t + 1)()
+        x_next = process.sample_marginal(x_0, t + 1)
         output = pair.denoise(x_next, t + 1)
         bound = auxiliary = torch.zeros((), device=x_0.device)
         if with_auxiliary:
@@ -196,14 +193,15 @@ class DiffusionLoss(nn.Module):
             bound = self._reconstruction(output, x_0, x_next, t, rows)
             if process.num_timesteps > 1:
                 above = (t + 1).clamp(min=2)  # a harmless step where t = 0, and not taken there
-                q, p = process.posterior(x_next, x_0, above), pair.reverse_law(output, x_next, above)
-                bound = torch.where(t > 0, kl_divergence(q, p), bound)
+                bound = torch.where(t > 0, pair.step_divergence(output, x_0, x_next, above), bound)
         return bound, auxiliary
 
     def _reconstruction(self, output: Tensor, x_0: Tensor, x_1: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
         """-log p(x_0 | x_1), ``[B]``, right where t = 0."""
         if rows is None:
             return -self.pair.reconstruction_law(output, x_1).log_prob(x_0)
+        if not len(rows):  # laws refuse an empty batch
+            return output.new_zeros(len(t))
         few = -self.pair.reconstruction_law(output[rows], x_1[rows]).log_prob(x_0[rows])
         return few.new_zeros(len(t)).index_copy(0, rows, few)
 
@@ -212,5 +210,4 @@ class DiffusionLoss(nn.Module):
         if torch.compiler.is_compiling() or get_proxy_mode() is not None:
             most = self.sampler.most_of_one(len(t))
             return t.topk(most, largest=False).indices if most < len(t) else None
-        rows = (t == 0).nonzero()[:, 0]
-        return rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=t.device)  # laws refuse an empty batch
+        return (t == 0).nonzero()[:, 0]

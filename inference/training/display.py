@@ -31,10 +31,16 @@ def metrics_line(row: dict[str, float], epochs: int, speed: float, left: float) 
         3/10           -10.50      -11.00   0.10    4.00        7.00     0.250       5    120   1:01
     """
     return f"{int(row['epoch'])}/{epochs}".ljust(9) + (
-        f"{row['train_elbo']:>12.2f}{row['validation_elbo']:>12.2f}{row['validation_std_error']:>7.2f}"
-        f"{row['validation_rate']:>8.2f}{row['validation_distortion']:>12.2f}{row['validation_bits_per_dim']:>10.3f}"
+        f"{row['train_elbo']:>12.2f}{row['validation_elbo']:>12.2f}{_cell(row['validation_std_error'], 7)}"
+        f"{_cell(row['validation_rate'], 8)}{_cell(row['validation_distortion'], 12)}{row['validation_bits_per_dim']:>10.3f}"
         f"{int(row['active_units']):>8}{speed:>7.{0 if speed >= 10 else 1}f}{clock(left):>7}"
     )
+
+
+def _cell(value: float, width: int) -> str:
+    """Two decimals where they leave a space to the left, else as many figures as do."""
+    text = f"{value:.2f}"
+    return (text if len(text) < width else f"{value:.3g}").rjust(width)
 
 
 def clock(seconds: float) -> str:
@@ -66,6 +72,7 @@ class TrainingDisplay:
         self._steps = 0
         self._shown: float | None = None  # the last epoch that has a line
         self._latest: dict[str, float] | None = None
+        self.last_words = ""
 
     def message(self, text: str) -> None:
         """A line of its own, as at the start: what is trained on what, and how."""
@@ -106,6 +113,8 @@ class TrainingDisplay:
             self._live.stop()
         if self._latest is not None and self._shown != self._latest["epoch"]:
             self._print()
+        if self.last_words:
+            self.message(self.last_words)
 
     def _speed(self) -> float:
         return self._steps / max(1e-9, time.monotonic() - self._start)

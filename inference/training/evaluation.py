@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from ppl_models.diffusion import Diffusion
 from ppl_models.pair import ModelGuidePair
 
 ACTIVE_VARIANCE = 0.01
+MAX_LAYERS = 16
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -40,7 +41,7 @@ class Evaluation:
     """Means over data, in nats: ``elbo`` = -(``rate`` + ``distortion``).
 
     ``std_error`` is that of ``elbo`` over data, infinite for a single datum. ``active_units`` counts latent dimensions of
-    the sites whose law has a mean.
+    the sites whose law has a mean. ``rates`` has the rate of each latent site of a hierarchy, in nats, and is empty of others.
     """
 
     elbo: float
@@ -50,6 +51,7 @@ class Evaluation:
     bits_per_dim: float
     active_units: int
     num_data: int
+    rates: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -98,7 +100,7 @@ def evaluate(
     pair.eval()
     # A diffusion's latents are the process's, with nothing learned in them to be active.
     sites = () if isinstance(pair, Diffusion) else pair.latent_sites
-    sums, units = _Sums(), _Units(sites)
+    sums, units = _Sums(layers(pair)), _Units(sites)
     try:
         with torch.no_grad(), forked_rng():
             batches = iterate(data, batch_size, epoch=0, seed=0, shuffle=False, device=device, rank=rank, world=world)
@@ -117,7 +119,7 @@ def evaluate(
     finally:
         for module, mode in modes:
             module.training = mode
-    count, elbo, rate, distortion = reduce(sums.totals()).tolist()
+    count, elbo, rate, distortion, *rates = reduce(sums.totals()).tolist()
     mean = elbo / count
     squares = float(reduce(sums.squares_about(mean)))
     return Evaluation(
@@ -128,7 +130,20 @@ def evaluate(
         bits_per_dim(mean, pair.data_shape),
         units.active(reduce, count),
         round(count),
+        {site: total / count for site, total in zip(sums.layers, rates, strict=True)},
     )
+
+
+def layers(pair: ModelGuidePair) -> tuple[str, ...]:
+    """The latent sites whose rates are reported one by one: those of a hierarchy of 2 to 16 learned layers, else none.
+
+    Example:
+        >>> from ppl_models.linear_hierarchy import LinearHierarchy
+        >>> layers(LinearHierarchy.random(data_dim=3, latent_dims=(2, 1)))
+        ('z_2', 'z_1')
+    """
+    several = 2 <= len(pair.latent_sites) <= MAX_LAYERS and not isinstance(pair, Diffusion)
+    return pair.latent_sites if several else ()
 
 
 def bits_per_dim(elbo: float, data_shape: torch.Size) -> float:
@@ -161,7 +176,9 @@ def guide_means(pair: ModelGuidePair, x: Tensor, sites: tuple[str, ...]) -> dict
 class _Sums:
     """Sums over this process's data, and of squares about their own mean (Chan, Golub and LeVeque 1983)."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: tuple[str, ...] = ()) -> None:
+        self.layers = layers
+        self.rates = [0.0] * len(layers)
         self.count, self.elbo, self.rate, self.distortion, self.squares = 0, 0.0, 0.0, 0.0, 0.0
 
     def add(self, terms: dict[str, Tensor], latents: tuple[str, ...]) -> None:
@@ -176,9 +193,10 @@ class _Sums:
         self.elbo += float(elbo.sum())
         self.rate += float(rate.sum())
         self.distortion += float((-elbo - rate).sum())
+        self.rates = [total - float(terms[site].sum()) for site, total in zip(self.layers, self.rates, strict=True)]
 
     def totals(self) -> Tensor:
-        return torch.tensor([self.count, self.elbo, self.rate, self.distortion], dtype=torch.float64)
+        return torch.tensor([self.count, self.elbo, self.rate, self.distortion, *self.rates], dtype=torch.float64)
 
     def squares_about(self, mean: float) -> Tensor:
         """Sum of squares of this process's data about the mean of all."""

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from functorch.compile import min_cut_rematerialization_partition  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._decomp import get_decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -168,8 +169,11 @@ class _Step(torch.autograd.Function):
         return tuple(kept)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected a gradient alone, got create_graph=True: a flat graph is differentiable once; use the loss itself"
+            )
         graph = ctx.graph
         given = [c for c, differentiable in zip(cotangents, graph.differentiable, strict=False) if differentiable]
         gradients: list[Tensor | None] = [None] * ctx.num_inputs
@@ -206,12 +210,19 @@ def _trace(run: Run, sample: Sample) -> tuple[GraphModule, list[int]]:
             outputs += [g for g in gradients if g is not None]
         return outputs
 
-    primals = [tensor.detach() for tensor in sample.inputs]
-    cotangents = sample.cotangents()
-    graph = make_fx(joint, tracing_mode="fake")(primals, cotangents)
+    fake = FakeTensorMode()  # one without symbols: what depends on a value is refused rather than left open
+    primals = [fake.from_tensor(tensor.detach()) for tensor in sample.inputs]
+    cotangents = [fake.from_tensor(tensor) for tensor in sample.cotangents()]
+    graph = make_fx(joint, _functional(), tracing_mode="fake")(primals, cotangents)
     with torch.no_grad():  # the reverse sweep is in the graph already
         graph = make_fx(functionalize(graph), tracing_mode="fake")(primals, cotangents)
     return _tidied(graph, len(primals)), reached
+
+
+def _functional() -> dict[Any, Callable[..., Any]]:
+    """Decompositions of operations that write to running statistics without saying so."""
+    aten = torch.ops.aten
+    return get_decompositions([aten.native_batch_norm, aten.cudnn_batch_norm, aten.miopen_batch_norm])
 
 
 def _tidied(traced: GraphModule, num_primals: int) -> GraphModule:

@@ -31,10 +31,10 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from inference.bounds.particles import forked_rng
 from inference.bounds.sites import PairError, Site
+from inference.training.module_state import ModuleState
 from inference.training.objectives import ElboLoss, TrainingStep, sum_terms
 from ppl_models.pair import ModelGuidePair
 
@@ -182,16 +182,19 @@ class _GuideDetached(nn.Module):
     def __init__(self, pair: ModelGuidePair, spare_buffers: bool = False) -> None:
         super().__init__()
         self.program = _Guide(pair)
-        self.values = {name: p.detach() for name, p in self.program.named_parameters()}
-        if spare_buffers:
-            self.values.update({name: b.clone() for name, b in self.program.named_buffers()})
+        self.spare_buffers = spare_buffers
 
     def forward(self, x: Tensor) -> Any:
-        return functional_call(self.program, self.values, (x,))
+        # Not torch.func.functional_call, which does not put back the parameters of a module that is registered twice.
+        state = ModuleState(self.program)
+        parameters, buffers = state.read()[: state.num_parameters], state.read()[state.num_parameters :]
+        buffers = [buffer.clone() for buffer in buffers] if self.spare_buffers else buffers
+        with state.replaced([*(parameter.detach() for parameter in parameters), *buffers]):
+            return self.program(x)
 
 
 class _Guide(nn.Module):
-    """The pair's guide as a module's ``forward``, for ``functional_call``."""
+    """The pair's guide as a module's ``forward``."""
 
     def __init__(self, pair: ModelGuidePair) -> None:
         super().__init__()

@@ -110,8 +110,9 @@ class ElboLoss(nn.Module):
             return {name: term.mean(0) for name, term in self._terms(x).items()}
 
     def _terms(self, x: Tensor) -> dict[str, Tensor]:
-        guide = poutine.trace(self.pair.guide).get_trace(x)
-        model = poutine.trace(poutine.replay(self.pair.model, trace=guide)).get_trace(x)
+        with self.pair.unannounced():
+            guide = poutine.trace(self.pair.guide).get_trace(x)
+            model = poutine.trace(poutine.replay(self.pair.model, trace=guide)).get_trace(x)
         terms = {}
         for name, site in model.nodes.items():
             if not _is_random(site):

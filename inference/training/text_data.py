@@ -82,7 +82,9 @@ def encode(text: str, alphabet: str, name: str = "text") -> Tensor:
     """
     points, known = _code_points(text), _code_points(alphabet)
     if not len(known) or bool((known[1:] <= known[:-1]).any()):
-        raise DataError(f"alphabet: expected distinct characters in the order of their code points, got {alphabet!r:.80}")
+        raise DataError(
+            f"alphabet: expected distinct characters in the order of their code points, got {alphabet!r:.80}"
+        )
     classes = np.searchsorted(known, points).clip(max=len(known) - 1)
     strange = np.flatnonzero(known[classes] != points)
     if len(strange):

@@ -42,15 +42,16 @@ def gradients_of_sum(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> list
 
 
 def check_same(what: str, found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
-    """Refuses tensors that differ by more than rounding.
+    """Refuses tensors that differ by more than rounding does on the scale of the largest of them.
 
     Raises:
         NotTraceableError: they differ; ``what`` they are is in the message.
     """
+    largest = max([0.0, *(_largest(tensor) for tensor in expected if tensor is not None)])
     for a, b in zip(found, expected, strict=True):
         if a is None and b is None:
             continue
-        if a is None or b is None or not _close(a.detach(), b.detach()):
+        if a is None or b is None or not _close(a.detach(), b.detach(), largest):
             raise NotTraceableError(
                 f"expected a loss whose flat graph repeats it on the same draws, but a {what} differs: something other than "
                 f"parameters, buffers, data and torch's random numbers has a say; {_REMEDY}"
@@ -75,12 +76,15 @@ def _folder(package: object) -> Path:
     return Path(str(package.__file__)).parent  # type: ignore[attr-defined]
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _largest(tensor: Tensor) -> float:
+    finite = tensor.detach()[tensor.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _close(a: Tensor, b: Tensor, largest: float) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
     tolerance = torch.finfo(a.dtype).eps ** 0.5
-    finite = b[b.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)

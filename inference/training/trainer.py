@@ -16,13 +16,15 @@ import pyro
 import torch
 from torch import Tensor
 
+from inference.bounds.active_units import NoMeanError, active_units
+from inference.bounds.particles import forked_rng
 from inference.bounds.sites import NotANumberError
 from inference.training.batches import iterate, num_batches
 from inference.training.checkpoints import CheckpointError
 from inference.training.config import TrainConfig
 from inference.training.display import TrainingDisplay
 from inference.training.divergence import REMEDY, TrainingDiverged, diagnose, first_bad_parameter
-from inference.training.evaluation import Evaluation, bits_per_dim, evaluate
+from inference.training.evaluation import Evaluation, bits_per_dim, evaluate, layers
 from inference.training.inputs import Inputs
 from inference.training.interrupts import StopRequest
 from inference.training.noise import BINARIZATION, TRAINING, VALIDATION, noise_seed, seed_noise
@@ -32,9 +34,12 @@ from inference.training.optimizers import Optimization, learning_rate_factor
 from inference.training.processes import all_rows, all_sum, first_text, in_any_process
 from inference.training.records import Records
 from inference.training.scaling import binarize
+from inference.training.stepping import Stepper
 from inference.training.stopping import EarlyStopping
+from ppl_models.diffusion import Diffusion
 from ppl_models.pair import ModelGuidePair
 
+COLLAPSE_DATA, COLLAPSE_DRAWS = 500, 10
 VALIDATION_COLUMNS = ("elbo", "std_error", "rate", "distortion", "bits_per_dim")
 
 
@@ -76,8 +81,12 @@ class Trainer:
         self.warmups = [epochs * self.batches for epochs in warmup_epochs(config, pair)]  # steps
         self.device = self.optimization.parameters[0].device
         self.loss.to(self.device)
+        full_batch = len(range(rank, min(config.batch_size, self.num_data), world))
+        self.stepper = Stepper(self.loss, config, self.total_steps, full_batch, self.device, display.message)
         self.epoch = self.batch = 0  # epochs done, and batches done of the one under way
-        self.sums = torch.zeros(3, dtype=torch.float64)  # data, rate and distortion of the epoch under way
+        self.layers = layers(pair)
+        # data, rate and distortion of the epoch under way, and the rate of each layer
+        self.sums = torch.zeros(3 + len(self.layers), dtype=torch.float64)
         self.rows: list[dict[str, float]] = []
         self.stopping = EarlyStopping(config.patience)
         self.finished = False
@@ -108,6 +117,8 @@ class Trainer:
         if self.stop.asked:  # too late to leave early, but not to be heard
             self.stop.leave()
         self.stopping.restore(self.model)
+        if self.display.enabled:
+            self.display.last_words = self._collapsed()
 
     def _epoch(self) -> None:
         started, first = time.monotonic(), self.batch
@@ -144,27 +155,27 @@ class Trainer:
         if hasattr(self.loss, "anneal"):
             self.loss.anneal(self.step)
         self.optimization.clear()
-        rate, distortion = self._backward(indices, x)
+        rate, distortion, by_layer = self._backward(indices, x)
         norm = self.optimization.gradient_norm().item()
         bad = not math.isfinite(rate + distortion + norm)
         bad, stopped, save_is_due = in_any_process(bad, self.stop.asked, self._save_is_due())
         if bad:
             self._diverged(first_text(self._diagnosis(indices, x)))
         self.optimization.step()
-        self.sums += torch.tensor([float(len(indices)), rate, distortion], dtype=torch.float64)
+        self.sums += torch.tensor([float(len(indices)), rate, distortion, *by_layer], dtype=torch.float64)
         return stopped, save_is_due
 
-    def _backward(self, indices: Tensor, x: Tensor) -> tuple[float, float]:
-        """Gradients of this process's share of the objective; its sums of rate and distortion, in nats."""
+    def _backward(self, indices: Tensor, x: Tensor) -> tuple[float, float, list[float]]:
+        """Gradients of this process's share of the objective; its sums of rate, distortion and rate by layer, in nats."""
         latents, free_bits = self.loss.latents, self.config.free_bits
         if not len(indices):
             if free_bits > 0:
                 join_idle(len(latents), all_sum)
-            return 0.0, 0.0
+            return 0.0, 0.0, [0.0] * len(self.layers)
         size = min(self.config.batch_size, self.num_data - self.batch * self.config.batch_size)
         try:
             with self.autocast():
-                objective, terms = self.loss.step(x)
+                objective, terms = self.stepper(x)
         except NotANumberError:  # at the run's first step, before any closed form is chosen
             self.loss.closed_sites = frozenset()
             self._diverged(self._diagnosis(indices, x))
@@ -177,7 +188,7 @@ class Trainer:
         objective.backward()
         sums = dict(zip(terms, torch.stack([term.detach().sum() for term in terms.values()]).tolist(), strict=True))
         rate = -sum(sums[site] for site in latents)
-        return rate, -sum(sums.values()) - rate
+        return rate, -sum(sums.values()) - rate, [-sums[site] for site in self.layers]
 
     def _rate_weights(self, step: int) -> list[float]:
         """The weight of each latent site's rate after ``step`` steps."""
@@ -199,7 +210,7 @@ class Trainer:
         return noise_seed(self.config.seed, stream, self.epoch, self.batch, self.rank)
 
     def _end_epoch(self, timing: dict[str, float]) -> None:
-        count, rate, distortion = all_sum(self.sums).tolist()
+        count, rate, distortion, *by_layer = all_sum(self.sums).tolist()
         rate, distortion = rate / count, distortion / count
         valid = self.evaluate()
         last = self.step - 1
@@ -218,6 +229,8 @@ class Trainer:
             "validation_rate_bits_per_dim": self._bits(valid.rate),
             "validation_distortion_bits_per_dim": self._bits(valid.distortion),
             "active_units": float(valid.active_units),
+            **{f"train_rate_{site}": total / count for site, total in zip(self.layers, by_layer, strict=True)},
+            **{f"validation_rate_{site}": nats for site, nats in valid.rates.items()},
         }
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, torch.zeros_like(self.sums)
         self.rows.append(row)
@@ -254,6 +267,28 @@ class Trainer:
                 )
         except TrainingDiverged as error:
             raise TrainingDiverged(f"after step {self.step}, {error}") from None
+
+    def _collapsed(self) -> str:
+        """The latent sites that carry nothing of the validation data, in words; empty where there are none."""
+        count = min(COLLAPSE_DATA, len(self.inputs.validation_rows))
+        if isinstance(self.pair, Diffusion) or count < 2:
+            return ""
+        _, x = next(
+            iter(
+                iterate(
+                    self.inputs.validation, count, epoch=0, seed=0, shuffle=False, device=self.device, rank=0, world=1
+                )
+            )
+        )
+        self.model.eval()
+        try:
+            with forked_rng():
+                seed_noise(self._seed(VALIDATION), self.device)
+                x = binarize(x) if self.inputs.validation_dynamic else x
+                units = active_units(self.model, x, num_particles=COLLAPSE_DRAWS)
+        except NoMeanError:
+            return ""
+        return "\n".join(site.words() for site in units.sites.values() if site.count == 0)
 
     def _save_is_due(self) -> bool:
         return time.monotonic() - self._saved_at >= self.config.checkpoint_seconds

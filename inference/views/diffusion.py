@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from inference.ancestral import Interpolation, Trajectory, ancestral_trajectory, interpolation
 from inference.views.drawing import (
     BLUE,
     GREEN,
@@ -34,12 +35,15 @@ from inference.views.images import Array, Range, is_image, to_rgb
 from inference.views.plot_data import to_array
 from inference.views.projection import principal_plane
 from inference.views.tables import text_table
+from ppl_models.ddpm import DDPM
 
 if TYPE_CHECKING:
-    from inference.ancestral import Interpolation, Trajectory
     from inference.bounds.diffusion_terms import DiffusionDecomposition
+    from ppl_models.diffusion import Diffusion
 
 BAND = 2.0  # standard errors each way
+FILM_COLUMNS = 9  # and the data
+FILM_ROWS, FILM_POINTS = 4, 300
 RANGES = 8  # rows of the table between L_0 and L_T
 
 
@@ -132,6 +136,32 @@ def film_strip(trajectory: Trajectory, count: int = 4, weights: Interpolation | 
         table = np.stack([to_array(weights.x_t), to_array(weights.x_0)], 1)
         shown = np.concatenate([np.full((1, 2), np.nan), table])[list(t)]
     return FilmStrip(t, np.stack(states), np.stack(predictions), trajectory.law, shown)
+
+
+def draw_film(
+    pair: Diffusion,
+    steps: int | None = None,
+    eta: float = 1.0,
+    seed: int | None = None,
+    value_range: Range | None = None,
+) -> Figure:
+    """A film strip of fresh samples: :data:`FILM_ROWS` images or :data:`FILM_POINTS` points, at even places of the chain.
+
+    Args:
+        pair: a diffusion; where it is a DDPM and the law its own, the weights of each step are written below.
+        steps: see :func:`inference.ancestral.ancestral_trajectory`.
+        eta: see there.
+        seed: see there.
+        value_range: of images; None for points.
+    """
+    visited = np.linspace(pair.num_timesteps, 1, steps or pair.num_timesteps).round().astype(int).tolist()
+    kept = {visited[i] for i in np.linspace(0, len(visited) - 1, FILM_COLUMNS).round().astype(int)}
+    count = FILM_ROWS if value_range is not None else FILM_POINTS
+    trajectory = ancestral_trajectory(
+        pair, count, None if steps is None else visited, eta=eta, keep=[*kept, 0], seed=seed
+    )
+    own = steps is None and eta == 1 and isinstance(pair, DDPM)
+    return draw_film_strip(film_strip(trajectory, count, interpolation(pair.process) if own else None), value_range)  # type: ignore[arg-type]
 
 
 def diffusion_table(d: DiffusionDecomposition) -> str:

@@ -8,6 +8,7 @@ they have more than two coordinates). Every axis says what it shows and in which
 from __future__ import annotations
 
 import math
+import textwrap
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -47,6 +48,8 @@ __all__ = [
     "figure_bytes",
     "save_figure",
 ]
+
+TITLE_WIDTH = 40  # characters of a panel's title
 
 
 def draw_traversal(data: Traversal, value_range: Range | None = None) -> Figure:
@@ -137,7 +140,8 @@ def draw_reconstructions(data: Reconstructions, value_range: Range | None = None
 def draw_samples(data: Samples, value_range: Range | None = None) -> Figure:
     """Draws from the model, beside data if there are any; images also with the means at the same latents."""
     count = len(data.draws)
-    panels = {"samples x ~ p(x | z), z ~ p(z)": data.draws}
+    drawn = textwrap.fill(f"samples {data.law}", TITLE_WIDTH)
+    panels = {drawn: data.draws}
     if data.data is not None:
         panels = {"data": data.data[:count] if is_image(data.draws.shape[1:]) else data.data} | panels
     with style():
@@ -146,9 +150,12 @@ def draw_samples(data: Samples, value_range: Range | None = None) -> Figure:
                 panels["their means E[x | z]"] = data.means
             columns = math.ceil(math.sqrt(count))
             tiles = {name: to_rgb(values, value_range) for name, values in panels.items()}
-            shape = tiles["samples x ~ p(x | z), z ~ p(z)"].shape[1:3]
+            shape = tiles[drawn].shape[1:3]
             width, height = mosaic_inches(-(-count // columns), columns, shape)
-            size = (len(tiles) * max(width * 0.7 + 0.2, 2.4), max(height * 0.7, 0.8) + 0.5)
+            size = (
+                len(tiles) * max(width * 0.7 + 0.2, 2.8),
+                max(height * 0.7, 0.8) + 0.35 + 0.15 * (1 + drawn.count("\n")),
+            )
             figure = Figure(figsize=size, layout="constrained")
             for axes, (name, values) in zip(
                 figure.subplots(1, len(tiles), squeeze=False)[0], tiles.items(), strict=True
@@ -239,7 +246,7 @@ def draw_bound_terms(data: BoundTerms) -> Figure:
         figure = Figure(figsize=(7.0, min(1.3 + 0.62 * count, 12.0)), layout="constrained")
         axes = figure.add_subplot()
         series = (
-            ("closed form (ELBO: best of each term)", data.best, data.best_error, BLUE, -0.19, ""),
+            ("closed form, or half of one (ELBO: best of each term)", data.best, data.best_error, BLUE, -0.19, ""),
             ("Monte Carlo, ± standard error", data.monte_carlo, data.monte_carlo_error, ORANGE, 0.19, "///"),
         )
         for name, value, error, colour, shift, hatch in series:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 from pyro import poutine
 from torch import Tensor
 
+from inference.ancestral import Trajectory, ancestral_trajectory
 from inference.bounds.decomposition import decompose_elbo
 from inference.views.probing import conditional_mean, data_mean, data_site, guide_means
+from ppl_models.autoencoder import AutoEncoder
+from ppl_models.diffusion import Diffusion
 from ppl_models.pair import ModelGuidePair
 
 if TYPE_CHECKING:
@@ -42,11 +45,15 @@ class Reconstructions:
 
 @dataclass(frozen=True)
 class Samples:
-    """Draws x ~ p(x), the means E[x | z] at the same z, and data to hold them against; ``[n, *data_shape]`` each."""
+    """Draws x ~ p(x), the means E[x | z] at the same z, and data to hold them against; ``[n, *data_shape]`` each.
+
+    ``law`` says what the draws were drawn from.
+    """
 
     draws: Array
     means: Array | None = None
     data: Array | None = None
+    law: str = "x ~ p(x | z), z ~ p(z)"
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,11 @@ class LearningCurve:
 
 @dataclass(frozen=True)
 class BoundTerms:
-    """Terms of the bound by site and their sum, nats, averaged over data; NaN where there is no closed form.
+    """Terms of the bound by site and their sum, nats, averaged over data; ``best`` is NaN where draws alone are the best.
 
-    The last row, "ELBO", has the sum of the best estimator of each term in ``best`` and that of the draws alone in
-    ``monte_carlo``. Errors are standard errors of the mean.
+    Elsewhere it is the closed form, or half of one (:class:`inference.bounds.terms.SiteTerm`). The last row, "ELBO", has the
+    sum of the best estimator of each term in ``best`` and that of the draws alone in ``monte_carlo``. Errors are standard
+    errors of the mean.
     """
 
     names: tuple[str, ...]
@@ -93,17 +101,27 @@ def reconstructions(pair: ModelGuidePair, x: Tensor, num_particles: int = 100) -
 
 
 def samples(pair: ModelGuidePair, num: int, data: Tensor | None = None) -> Samples:
-    """Runs the generative program: x ~ p(x | z), z ~ p(z), and E[x | z] at the same z.
+    """Runs the generative program: x ~ p(x | z), z ~ p(z), and E[x | z] at the same z (of a diffusion, x_0 alone).
 
     Args:
         pair: the programs.
         num: how many draws.
         data: real data ``[N, *data_shape]`` to show beside them.
     """
+    if isinstance(pair, Diffusion):
+        return trajectory_samples(ancestral_trajectory(pair, num), data)
     with torch.no_grad():
         trace = poutine.trace(pair.model).get_trace(size=num)
     node = trace.nodes[data_site(pair, trace)]
-    return Samples(to_array(node["value"]), to_array(data_mean(node["fn"])), None if data is None else to_array(data))
+    shown = Samples(to_array(node["value"]), to_array(data_mean(node["fn"])), None if data is None else to_array(data))
+    if isinstance(pair, AutoEncoder):
+        return replace(shown, law="x ~ p(x | z), z ~ N(0, I): an autoencoder has no p(z)")
+    return shown
+
+
+def trajectory_samples(trajectory: Trajectory, data: Tensor | None = None) -> Samples:
+    """The samples of a chain from x_T to x_0, which have no means to show beside them: the last step adds next to nothing."""
+    return Samples(to_array(trajectory.x_0), None, None if data is None else to_array(data), f"x_0, {trajectory.law}")
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]]) -> LearningCurve:
@@ -147,8 +165,9 @@ def bound_terms(d: Decomposition) -> BoundTerms:
     terms = list(d.terms.values())
     plates = " x ".join(f"{n} {name}" for name, n in zip(d.plates, d.elbo.shape, strict=True))
     missing = torch.full_like(d.elbo, math.nan)
-    exact = [missing if t.analytic is None else t.analytic for t in terms]
-    exact_error = [missing if t.analytic_std_error is None else t.analytic_std_error for t in terms]
+    drawn = [t.analytic is None and t.with_entropy is None for t in terms]
+    exact = [missing if only else t.value for t, only in zip(terms, drawn, strict=True)]
+    exact_error = [missing if only else t.value_std_error for t, only in zip(terms, drawn, strict=True)]
     return BoundTerms(
         names=(*d.sites, "ELBO"),
         best=np.array([_mean(v) for v in [*exact, d.elbo]]),

@@ -125,12 +125,20 @@ def graph_svg(model: Program, guide: Program, *args: Any, **kwargs: Any) -> byte
         GraphvizError: ``dot`` is not on the path, fails, or takes over a minute.
         PairError: the programs' sites do not match; the message names the site.
     """
+    return dot_svg(dot_text(program_graph(model, guide, args, kwargs)))
+
+
+def dot_svg(text: str) -> bytes:
+    """A graph in the dot language as an SVG file.
+
+    Raises:
+        GraphvizError: ``dot`` is not on the path, fails, or takes over a minute.
+    """
     program = shutil.which("dot")
     if program is None:
         raise GraphvizError(
             "expected Graphviz's dot program on the path for an SVG, found none: install graphviz, or use the Mermaid text"
         )
-    text = dot_text(program_graph(model, guide, args, kwargs))
     try:
         done = subprocess.run(
             [program, "-Tsvg"], input=text.encode(), capture_output=True, timeout=DOT_SECONDS, check=True

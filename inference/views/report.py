@@ -12,7 +12,7 @@ carries a date, so equal runs give equal bytes.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,26 +22,55 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
-from inference.bounds.decomposition import decompose_elbo
+from inference.bounds.active_units import active_units
+from inference.bounds.diffusion import DiffusionDecomposition
 from inference.progress import Progress
+from inference.training.evaluation import layers
 from inference.training.runs import Run
 from inference.training.storage import make_folder, write_atomic
-from inference.views.images import Array, Range, is_image, value_range_of
-from inference.views.latent_data import latent_map, traversal
-from inference.views.plot_data import bound_terms, learning_curve, reconstructions, samples
-from inference.views.programs import GraphvizError, graph_svg, mermaid, program_table
+from inference.views.bounds import decompose, remarks
+from inference.views.chain_programs import pair_mermaid, pair_table
+from inference.views.plot_data import bound_terms
+from inference.views.programs import GraphvizError
+from inference.views.report_pictures import PICTURES, TRACED_DATA, Shown, pictures_of, shown_range
+from ppl_models.diffusion import Diffusion
+from ppl_models.vq_vae import VQVAE
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from inference.bounds.terms import Decomposition
+
+__all__ = [
+    "PICTURES",
+    "Picture",
+    "facts",
+    "headline",
+    "kept_epoch",
+    "report_html",
+    "shown_range",
+    "term_rows",
+    "write_report",
+]
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MEDIA = {".png": "image/png", ".svg": "image/svg+xml"}
-NUM_SAMPLES = 64
-NUM_RECONSTRUCTED_IMAGES, NUM_RECONSTRUCTED_POINTS = 20, 200
-NUM_POSTERIOR_DATA, NUM_POSTERIOR_DRAWS = 2, 1000
-TRACED_DATA = 4  # rows that the programs are shown on
+PARTICLES = 200
+NUM_TEXTS = 8
+
+
+_UNITS = "Figures are nats per datum unless they say otherwise."
+INTRODUCTION = (
+    "A model p(x, z) and a guide q(z | x), trained by maximising the evidence lower bound "
+    f"ELBO = E_q[log p(x, z) − log q(z | x)] = −(rate + distortion). {_UNITS}"
+)
+_DIFFUSION = (
+    "A chain p(x_T) ∏ p(x_{t−1} | x_t) p(x_0 | x_1), trained to run the fixed process q(x_t | x_{t−1}) backwards by "
+    f"maximising the evidence lower bound: −ELBO = L_T + … + L_1 + L_0 = rate + distortion. {_UNITS}"
+)
+_AUTOENCODER = (
+    "A decoder p(x | z) and a code z = f(x), trained by maximising log p(x | z) less its penalties. There is no p(z), so what "
+    f"stands below under ELBO is minus that loss and bounds no log p(x). {_UNITS}"
+)
+INTRODUCTIONS = {"DDPM": _DIFFUSION, "D3PM": _DIFFUSION, "AutoEncoder": _AUTOENCODER}
 
 
 @dataclass(frozen=True)
@@ -67,7 +96,7 @@ def write_report(
     labels: Tensor | None = None,
     *,
     words: str = "",
-    num_particles: int = 200,
+    num_particles: int | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
     """Writes ``report.html`` and ``figures/`` into a run's folder.
@@ -77,7 +106,7 @@ def write_report(
         x: the data to show and to compute the bound on, ``[N, *data_shape]``; held-out data, if there are any.
         labels: what colours the latent map, ``[N]``.
         words: what ``x`` is, for the reader.
-        num_particles: draws per datum for the bound.
+        num_particles: draws per datum for the bound; None: see :func:`inference.views.bounds.decompose`, 200 by default.
         overwrite: whether files of these names may be replaced.
 
     Returns:
@@ -93,12 +122,12 @@ def write_report(
             "expected a run with a folder to write the report into, got one in memory: fit with out=FOLDER"
         )
     page, figures = run.folder / "report.html", run.folder / "figures"
-    for path in [page, *(figures / file for file in PICTURES)]:
+    for path in [page, *(figures / file for file in pictures_of(run, PICTURES))]:
         if path.exists() and not overwrite:
             raise FileExistsError(
                 f"expected to write a new {path}, but it exists: replace it with --force (overwrite=True)"
             )
-    d = decompose_elbo(run.pair.model, run.pair.guide, x, num_particles=num_particles)
+    d = decompose(run.pair, x, num_particles, default=PARTICLES)
     pictures = make_pictures(run, x, labels, d)
     content = report_html(run, x, d, pictures, words or f"{len(x)} data").encode()
     make_folder(figures)
@@ -115,11 +144,11 @@ def make_pictures(run: Run, x: Tensor, labels: Tensor | None, d: Decomposition) 
     """All pictures of a run by file name; one that is not defined for this pair or these data says why instead."""
     from inference.views.figures import figure_bytes
 
-    pictures = {}
-    with Progress("drawing pictures", len(PICTURES), unit="pictures") as progress:
-        for file, (title, caption, draw) in PICTURES.items():
+    pictures, entries = {}, pictures_of(run, PICTURES)
+    with Progress("drawing pictures", len(entries), unit="pictures") as progress:
+        for file, (title, caption, draw) in entries.items():
             try:
-                drawn = draw(_Shown(run, x, labels, d, shown_range(run.config["data"], x)))
+                drawn = draw(Shown(run, x, labels, d, shown_range(run.config["data"], x)))
                 content = drawn if isinstance(drawn, bytes) else figure_bytes(drawn, Path(file).suffix)
                 pictures[file] = Picture(file, title, caption, content)
             except (ValueError, GraphvizError) as error:  # a view that does not apply: said on the page
@@ -142,23 +171,43 @@ def report_html(run: Run, x: Tensor, d: Decomposition, pictures: Mapping[str, Pi
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(TEMPLATE.read_text(encoding="utf-8"))
     pair, few = run.pair, x[:TRACED_DATA]
+    by_t = isinstance(d, DiffusionDecomposition)
     return template.render(
         title=f"{type(pair).__name__} on {run.config['data']['name']}",
-        headline=headline(run),
+        headline=headline(run, x),
+        introduction=INTRODUCTIONS.get(type(pair).__name__, INTRODUCTION),
         facts=facts(run),
         words=words,
-        terms=list(term_rows(d)),
+        terms=[] if by_t else list(term_rows(d)),
+        bound_table=d.table() if by_t else "",
+        remarks=remarks(pair, x, d),
+        texts=_texts(run),
         num_particles=d.num_particles,
         note=d.note,
         pictures=pictures,
-        program=program_table(pair.model, pair.guide, few),
-        mermaid=mermaid(pair.model, pair.guide, few),
+        program=pair_table(pair, few),
+        mermaid=pair_mermaid(pair, few),
         configuration=yaml.safe_dump(run.config, sort_keys=False, default_flow_style=None).strip(),
     )
 
 
-def headline(run: Run) -> list[tuple[str, str, str]]:
+def _texts(run: Run) -> list[str]:
+    """Samples as text, of a run on text; none of another."""
+    alphabet = run.config["data"].get("alphabet")
+    if alphabet is None:
+        return []
+    from inference.ancestral import ancestral_sample
+    from inference.training.text_data import decode, printable
+
+    return [printable(text) for text in decode(ancestral_sample(run.pair, NUM_TEXTS), alphabet)]
+
+
+def headline(run: Run, x: Tensor | None = None) -> list[tuple[str, str, str]]:
     """The figures of the epoch whose weights the run has, on the validation data, as (value, unit, what it is).
+
+    Args:
+        run: what is reported.
+        x: data ``[N, *data_shape]``, for the codes that they use.
 
     Example:
         >>> from ppl_models import LinearGaussian
@@ -168,12 +217,28 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     if not run.metrics:
         return []
     last = kept_epoch(run)
+    pair = run.pair
+    if isinstance(pair, Diffusion):
+        last_card = (f"{pair.num_timesteps}", "", "steps T")
+    elif isinstance(pair, VQVAE) and x is not None:
+        last_card = (f"{float(pair.codebook_perplexity(x)):.1f}", f"of {pair.num_codes}", "codebook perplexity")
+    elif (
+        layers(pair) and x is not None and len(x) > 1
+    ):  # the epoch's own count takes the noise of draws above for activity
+        found = active_units(pair, x)
+        last_card = (
+            f"{found.count}",
+            f"of {sum(len(site.variance) for site in found.sites.values())}",
+            "active latent units",
+        )
+    else:
+        last_card = (f"{last['active_units']:.0f}", "", "active latent units")
     return [
         (f"{last['validation_elbo']:.2f}", f"± {last['validation_std_error']:.2f} nats", "ELBO, validation"),
         (f"{last['validation_bits_per_dim']:.3f}", "bits/dim", "−ELBO by dimension"),
         (f"{last['validation_rate']:.2f}", "nats", "rate: KL(q || p)"),
         (f"{last['validation_distortion']:.2f}", "nats", "distortion: −log p(x | z)"),
-        (f"{last['active_units']:.0f}", "", "active latent units"),
+        last_card,
     ]
 
 
@@ -206,7 +271,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ),
         ("numbers", f"scaling {data['scaling']}, binarisation {data['binarization']}"),
         ("validated on", str(run.config["validation"])),
-        ("pair", f"{type(pair).__name__}, latent sites {', '.join(pair.latent_sites)}; {count:,} parameters"),
+        ("pair", f"{type(pair).__name__}, latent sites {_names(pair.latent_sites)}; {count:,} parameters"),
     ]
     lines += [(name, _inline(value)) for name, value in (run.config["pair"] or {}).items() if name != "class"]
     lines.append(
@@ -233,139 +298,14 @@ def term_rows(d: Decomposition) -> Iterator[dict[str, str]]:
         }
 
 
-def shown_range(data: Mapping[str, Any], x: Tensor | Array) -> Range | None:
-    """What is black and what is white in pictures of the data: by their scaling, or their extremes where it states none.
-
-    Args:
-        data: the run's statement of its data, ``run.config["data"]``.
-        x: the data, for their extremes.
-
-    Returns:
-        (low, high); None for points.
-
-    Example:
-        >>> shown_range({"scaling": "symmetric", "levels": 17}, np.zeros((3, 8, 8)))
-        (-1.0, 1.0)
-    """
-    if not is_image(x.shape[1:]):
-        return None
-    if data["scaling"] in ("unit", "symmetric") or data["levels"] is not None:
-        return value_range_of(data["scaling"], data["levels"])
-    return float(x.min()), float(x.max())
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """What pictures are drawn from."""
-
-    run: Run
-    x: Tensor
-    labels: Tensor | None
-    d: Decomposition
-    value_range: Range | None
-
-
-def _learning_curve(shown: _Shown) -> Figure:
-    from inference.views.figures import draw_learning_curve
-
-    rows = shown.run.metrics
-    return draw_learning_curve(learning_curve(rows[len(rows) // 20 :]))
-
-
-def _posterior(shown: _Shown) -> Figure:
-    from inference.posterior import plot_posterior, to_datatree
-
-    pair = shown.run.pair
-    tree = to_datatree(pair, shown.x[:NUM_POSTERIOR_DATA], num_samples=NUM_POSTERIOR_DRAWS, groups=("posterior",))
-    return plot_posterior(tree, var_names=pair.latent_sites)
-
-
-def _bound_terms(shown: _Shown) -> Figure:
-    from inference.views.figures import draw_bound_terms
-
-    return draw_bound_terms(bound_terms(shown.d))
-
-
-def _samples(shown: _Shown) -> Figure:
-    from inference.views.figures import draw_samples
-
-    count = NUM_SAMPLES if shown.value_range is not None else max(NUM_SAMPLES, len(shown.x))
-    return draw_samples(samples(shown.run.pair, count, shown.x), shown.value_range)
-
-
-def _reconstructions(shown: _Shown) -> Figure:
-    from inference.views.figures import draw_reconstructions
-
-    count = NUM_RECONSTRUCTED_POINTS if shown.value_range is None else NUM_RECONSTRUCTED_IMAGES
-    return draw_reconstructions(reconstructions(shown.run.pair, shown.x[:count]), shown.value_range)
-
-
-def _traversal(shown: _Shown) -> Figure:
-    from inference.views.figures import draw_traversal
-
-    return draw_traversal(traversal(shown.run.pair, shown.x), shown.value_range)
-
-
-def _latent_map(shown: _Shown) -> Figure:
-    from inference.views.figures import draw_latent_map
-
-    return draw_latent_map(latent_map(shown.run.pair, shown.x, shown.labels))
-
-
-def _graph(shown: _Shown) -> bytes:
-    return graph_svg(shown.run.pair.model, shown.run.pair.guide, shown.x[:TRACED_DATA])
-
-
-PICTURES: dict[str, tuple[str, str, Callable[[_Shown], Figure | bytes]]] = {
-    "learning_curve.svg": (
-        "Learning curve",
-        "Left: what was minimised, on both parts of the data. Right: where each epoch stands in the plane of rate and "
-        "distortion, whose sum is −ELBO; moving along a dotted line trades one for the other at the same bound. The first "
-        "twentieth of the epochs is left out: it would set the scale.",
-        _learning_curve,
-    ),
-    "terms.svg": (
-        "The bound, term by term",
-        "Each site's E_q[log p − log q]. Where both bars are there, closed form and draws estimate the same number.",
-        _bound_terms,
-    ),
-    "samples.png": (
-        "Samples",
-        "What the model draws, beside data; for images also the means at the same z, without the likelihood's own noise.",
-        _samples,
-    ),
-    "reconstructions.png": (
-        "Reconstructions",
-        "Held against the data: the mean of x at the guide's mean of z, with the bound of each datum.",
-        _reconstructions,
-    ),
-    "traversal.png": (
-        "Traversals",
-        "What each dimension of z does, most active first. A dimension with activity near 0 is not used by the guide, and "
-        "moving it changes little.",
-        _traversal,
-    ),
-    "latent_map.svg": (
-        "Latent map",
-        "Where the guide puts each datum, on the two most active dimensions; the labels were not seen in training.",
-        _latent_map,
-    ),
-    "posterior.png": (
-        "Posterior",
-        "What the guide says of each latent dimension for the first two data. ppl posterior writes the draws themselves, with "
-        "prior and predictive ones, for ArviZ.",
-        _posterior,
-    ),
-    "programs.svg": (
-        "The two programs",
-        "Each site with its law in the model and in the guide, and who is computed from whom; shown on the first four data.",
-        _graph,
-    ),
-}
+def _names(sites: tuple[str, ...]) -> str:
+    return ", ".join(sites) if len(sites) <= 8 else f"{sites[0]} .. {sites[-1]}"
 
 
 def _inline(value: Any) -> str:
     """A part's description on one line."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return ", ".join(_inline(item) for item in value)
     if isinstance(value, dict):
         stated = {key: item for key, item in value.items() if key != "class" and item not in (None, False)}
         return f"{value.get('class', '')}({', '.join(f'{key} {_inline(item)}' for key, item in stated.items())})"

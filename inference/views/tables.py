@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from inference.bounds.terms import Decomposition
+    from inference.bounds.terms import Decomposition, SiteTerm
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -43,7 +43,7 @@ def decomposition_table(d: Decomposition) -> str:
                 f"{_mean(term.monte_carlo):.4f}",
                 f"{_error(term.std_error):.4f}",
                 "-" if term.z_score is None else f"{term.z_score:+.2f}",
-                "Monte Carlo" if term.analytic is None else "closed form",
+                _used(term),
             ]
         )
     rows.append(
@@ -64,6 +64,14 @@ def decomposition_table(d: Decomposition) -> str:
     text = text_table(["site", "closed form", "Monte Carlo", "+- SE", "z", "used in the sum"], rows)
     reasons = "\n".join(f"  {name}: {term.reason}" for name, term in d.terms.items())
     return f"E_q[log p - log q] by site, nats, {per}; {d.num_particles} particles\n{text}\n{reasons}\n  ({d.note})"
+
+
+def _used(term: SiteTerm) -> str:
+    if term.analytic is not None:
+        return "closed form"
+    return (
+        "Monte Carlo" if term.with_entropy is None else f"log p drawn, entropy closed: {_mean(term.with_entropy):.4f}"
+    )
 
 
 def _mean(values: torch.Tensor) -> float:

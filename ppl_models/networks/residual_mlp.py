@@ -41,9 +41,12 @@ class ResidualMLP(Denoiser):
         blocks: number of residual blocks.
         num_classes: K when entries are class indices 0..K-1.
         with_variance: a second output per entry, for a learned variance.
+        outputs: numbers per entry that come out, for a wrapper that says what they mean, such as
+            :class:`ppl_models.networks.grid_denoiser.GridDenoiser`; None: one, two or K, by the two options above.
 
     Raises:
-        ValueError: a width or number of blocks below one, or what the base class refuses.
+        ValueError: a width or number of blocks or outputs below one, ``outputs`` beside the options that it replaces, or
+            what the base class refuses.
 
     Example:
         >>> import torch
@@ -61,8 +64,17 @@ class ResidualMLP(Denoiser):
         blocks: int = 4,
         num_classes: int | None = None,
         with_variance: bool = False,
+        outputs: int | None = None,
     ) -> None:
         super().__init__(data_shape, num_classes, with_variance)
+        if outputs is not None:
+            if num_classes is not None or with_variance or outputs < 1:
+                raise ValueError(
+                    f"expected outputs >= 1, without num_classes and with_variance, which set it, got {outputs}: leave "
+                    "one of them out"
+                )
+            self.outputs = outputs
+        self._stated_outputs = outputs
         if hidden < 1 or blocks < 1:
             raise ValueError(f"expected hidden >= 1 and blocks >= 1, got {hidden} and {blocks}")
         self.hidden = hidden
@@ -84,4 +96,5 @@ class ResidualMLP(Denoiser):
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able."""
-        return super().config() | {"hidden": self.hidden, "blocks": len(self.blocks)}
+        stated = {} if self._stated_outputs is None else {"outputs": self._stated_outputs}
+        return super().config() | {"hidden": self.hidden, "blocks": len(self.blocks)} | stated

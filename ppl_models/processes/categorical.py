@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 
 from ppl_models.processes.class_law import ClassLaw
@@ -109,6 +110,27 @@ class CategoricalProcess(nn.Module):
         log_p = x_0_logits.to(torch.promote_types(x_0_logits.dtype, torch.float32)).log_softmax(-1)
         likelihood = self.transitions.log_column(x_t, t, log_p.dtype)
         return likelihood + self.transitions.log_propagate(log_p, t - 1)
+
+    def sample_marginal(self, x_0: Tensor, t: Tensor) -> Tensor:
+        """A draw from :meth:`marginal`, without the law's K numbers where the transitions can do without."""
+        return self.transitions.sample_marginal(*self._aligned(x_0, t))
+
+    def step_divergence(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> Tensor:
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), ``[*batch]`` nats, p as in :meth:`posterior_logits`; t in 2..T.
+
+        The KL of the two laws, with fewer passes over the classes where the transitions can. ``x_0_logits`` are as
+        ``transitions.restrict`` leaves them.
+        """
+        x_t, steps = self._aligned(x_t, t)
+        log_p = x_0_logits.to(torch.promote_types(x_0_logits.dtype, torch.float32))
+        divergence = self.transitions.step_divergence(x_t, self._aligned(x_0, t)[0], log_p, steps)
+        return sum_rightmost(divergence, len(self.data_shape))
+
+    def prior_divergence(self, x_0: Tensor) -> Tensor:
+        """KL(q(x_T | x_0) || p(x_T)), ``[*batch]`` nats in the module's dtype."""
+        x_0, _ = self._aligned(x_0, x_0.new_ones(()))
+        divergence = self.transitions.prior_divergence(x_0)
+        return sum_rightmost(divergence, len(self.data_shape)).to(self.transitions.dtype)
 
     def prior(self) -> dist.TorchDistribution:
         """p(x_T) = pi in every dimension: batch shape ``()``, event shape ``data_shape``."""

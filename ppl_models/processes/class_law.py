@@ -7,7 +7,8 @@ PyTorch's own Categorical draws one exponential variable for each class, where o
 KL is infinite as soon as p_k underflows, although log p_k is at hand. In float32 that is at e^-104, which a diffusion over
 256 grey levels meets in every batch.
 
-Constraint: as exact as float64: the sums run in it whatever the dtype, and a class of probability zero is never drawn.
+Constraint: probabilities are those of the logits' dtype, their sums run in float64, and a class of probability zero is
+never drawn.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ class ClassLaw(dist.Categorical):
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:  # noqa: B008
         """Draws by inversion, ``[*sample_shape, *batch_shape]`` int64."""
         with torch.no_grad():
-            below = self.logits.double().exp().cumsum(-1)
-            total = below[..., -1:]  # one up to rounding; u total < total, so that the last class is never passed
+            below = self.logits.exp().cumsum(-1, dtype=torch.float64)
+            total = below[..., -1]  # one up to rounding; u total < total, so that the last class is never passed
             u = torch.rand((*sample_shape, *total.shape), dtype=total.dtype, device=total.device)
-            return (below <= u * total).sum(-1)
+            draws = (u * total).reshape(-1, *total.shape).movedim(0, -1).contiguous()  # a row of draws for each law
+            k = torch.searchsorted(below, draws, right=True)
+            return k.movedim(-1, 0).reshape(u.shape)
 
     def expand(self, batch_shape: torch.Size, _instance: ClassLaw | None = None) -> ClassLaw:
         """The same law for each entry of a larger batch."""

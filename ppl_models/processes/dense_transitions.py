@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
+from ppl_models.processes.class_law import ClassLaw
 from ppl_models.processes.transitions import Schedule, Transitions, betas, log_add_exp, refuse_steps, whole
 
 __all__ = ["DenseTransitions", "DiscretizedGaussianTransitions", "discretized_gaussian", "log_matmul", "refuse_large"]
@@ -45,6 +47,7 @@ class DenseTransitions(Transitions):
     log_steps: Tensor
     log_products: Tensor
     _log_stationary: Tensor
+    _prior_divergence: Tensor
 
     def __init__(self, matrices: Tensor, stationary: Tensor | None = None) -> None:
         matrices = torch.as_tensor(matrices).detach().to(torch.float64)
@@ -82,6 +85,8 @@ class DenseTransitions(Transitions):
         self.register_buffer("log_steps", torch.cat([never, log_steps]), persistent=False)
         self.register_buffer("log_products", torch.stack(products), persistent=False)
         self.register_buffer("_log_stationary", log_stationary, persistent=False)
+        rows, prior = ClassLaw(logits=products[-1]), ClassLaw(logits=log_stationary)
+        self.register_buffer("_prior_divergence", kl_divergence(rows, prior), persistent=False)
 
     @property
     def log_stationary(self) -> Tensor:
@@ -123,6 +128,11 @@ class DenseTransitions(Transitions):
         held = moved > _FLOOR
         log_moved = torch.where(held, torch.where(held, moved, 1.0).log(), -torch.inf)
         return log_add_exp(rows + stay[..., None, :].to(log_p.dtype), log_moved.to(log_p.dtype)).reshape(log_p.shape)
+
+    def prior_divergence(self, x_0: Tensor) -> Tensor:
+        """See the base class: one number for each class."""
+        self._check(x_0, x_0.new_ones(()))
+        return self._prior_divergence[x_0]
 
     def config(self) -> dict[str, Any]:
         """See the base class."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 
 from ppl_models.processes.schedules import NoiseSchedule
@@ -67,6 +68,8 @@ class GaussianProcess(nn.Module):
         (torch.Size([5, 8, 8]), torch.Size([5]))
     """
 
+    _alpha_bar: Tensor
+    _prior_offset: Tensor
     prior_loc: Tensor
     prior_scale: Tensor
 
@@ -81,6 +84,9 @@ class GaussianProcess(nn.Module):
         for name, table in tables.items():
             # entry 0 is NaN: t = 0 is the data, and must not wrap around to step T where nothing is validated
             self.register_buffer(f"_{name}", torch.cat([table.new_full((1,), torch.nan), table]), persistent=False)
+        a, v = tables["alpha_bar"][-1], tables["marginal_variance"][-1]
+        log_v = torch.where(a < 0.5, torch.log1p(-a), v.log())
+        self.register_buffer("_prior_offset", a + log_v, persistent=False)  # of second order in a: summed in float64
         self.register_buffer("prior_loc", torch.zeros(self.data_shape), persistent=False)
         self.register_buffer("prior_scale", torch.ones(self.data_shape), persistent=False)
 
@@ -123,6 +129,16 @@ class GaussianProcess(nn.Module):
         weight_x_0 = self.coefficient("posterior_weight_x_0", t, x_0)
         weight_x_t = self.coefficient("posterior_weight_x_t", t, x_t)
         return weight_x_0 * x_0 + weight_x_t * x_t
+
+    def sample_marginal(self, x_0: Tensor, t: Tensor) -> Tensor:
+        """A draw from :meth:`marginal`."""
+        return self.marginal(x_0, t)()
+
+    def prior_divergence(self, x_0: Tensor) -> Tensor:
+        """KL(q(x_T | x_0) || p(x_T)) = (A |x_0|^2 - D (A + log(1 - A))) / 2 with A = alpha-bar_T, ``[*batch]`` nats."""
+        squares = sum_rightmost(x_0.square(), len(self.data_shape))
+        level, offset = self._alpha_bar[-1].to(x_0.dtype), self._prior_offset.to(x_0.dtype)
+        return 0.5 * (level * squares - self.data_shape.numel() * offset)
 
     def prior(self) -> dist.TorchDistribution:
         """p(x_T) = N(0, I): batch shape ``()``, event shape ``data_shape``, in the module's dtype."""

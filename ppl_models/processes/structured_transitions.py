@@ -22,6 +22,8 @@ from ppl_models.processes.transitions import Schedule, Transitions, betas, log_a
 
 __all__ = ["AbsorbingTransitions", "UniformTransitions", "absorbing", "uniform"]
 
+_EXACT = 40.0  # log(1 + e^x) is x from there on, in float64 too
+
 
 class _Mixing(Transitions):
     """Q_t = (1 - beta_t) I + beta_t 1 pi': stay, or be drawn anew from pi. Only pi differs between the subclasses."""
@@ -73,6 +75,17 @@ class _Mixing(Transitions):
         both = torch.logaddexp(log_stay[..., None], jump)
         return torch.where(self._equal(x), both.to(dtype), jump.to(dtype))
 
+    def sample_marginal(self, x_0: Tensor, t: Tensor) -> Tensor:
+        """See the base class; O(1): x_0 itself with probability a_t, else a draw from pi."""
+        self._check(x_0, t, first=0)
+        kept = self.log_kept[t].exp()
+        u = torch.rand(torch.broadcast_shapes(x_0.shape, t.shape), dtype=kept.dtype, device=x_0.device)
+        return torch.where(u < kept, x_0, self._drawn_anew(u))
+
+    @abstractmethod
+    def _drawn_anew(self, like: Tensor) -> Tensor:
+        """Draws from pi, of the shape of ``like`` or broadcastable to it."""
+
     def config(self) -> dict[str, Any]:
         """See the base class."""
         return {"num_classes": self.num_classes, "num_timesteps": self.num_timesteps, "schedule": self.schedule}
@@ -99,6 +112,47 @@ class UniformTransitions(_Mixing):
     def log_column(self, x_t: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See the base class; Q_t is symmetric."""
         return self.log_transition(x_t, t, dtype)
+
+    def step_divergence(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> Tensor:
+        r"""See the base class; one pass over the classes, for q takes three values only.
+
+        Write s = 1 - beta_t, r = beta_t / K, a = a_{t-1}, b = (1 - a_{t-1}) / K, i = x_0, j = x_t, p_k = p(x_0 = k | x_t), and
+        f(p) = log(1 + a p / b), so that Qbar_{t-1} carries p to b e^f(p). Then with Z = (s [i = j] a + s b) + r
+
+            q_k = (s [k = j] + r) (a [k = i] + b) / Z
+            KL  = [ r b (f(1) - sum_k f(p_k)) + s b (f([i = j]) - f(p_j)) + (r + s [i = j]) a (f(1) - f(p_i)) ] / Z
+                  + log(s b e^f(p_j) + r) - log Z.
+        """
+        self._check(x_0, t, first=2)
+        self._check(x_t, t, first=2)
+        log_p, same = x_0_logits.log_softmax(-1), x_t == x_0
+        log_s, log_r = self.log_stay[t], self.log_jump[t] - math.log(self.num_classes)
+        log_a, log_b = self.log_kept[t - 1], self.log_lost[t - 1] - math.log(self.num_classes)
+        log_sb, log_rest = log_s + log_b, torch.logaddexp(log_s + log_b, log_r)
+        log_z = torch.where(same, torch.logaddexp(log_s + log_a, log_rest), log_rest)
+        log_moved = torch.where(same, torch.logaddexp(log_s, log_r), log_r) + log_a
+        of_all, of_x_t, of_x_0 = (
+            (log_weight - log_z).exp().to(log_p.dtype) for log_weight in (log_r + log_b, log_sb, log_moved)
+        )
+        shift = (log_a - log_b).to(log_p.dtype)
+        top = F.softplus(shift, threshold=_EXACT)  # f(1)
+        f = F.softplus(log_p + shift[..., None], threshold=_EXACT)
+        both = torch.stack(torch.broadcast_tensors(x_t, x_0), -1)
+        at_t, at_0 = f.gather(-1, both.expand(*f.shape[:-1], 2)).unbind(-1)
+        spent = of_all * (top - f.sum(-1)) + of_x_t * (torch.where(same, top, 0.0) - at_t) + of_x_0 * (top - at_0)
+        return spent + torch.logaddexp(log_sb.to(f.dtype) + at_t, log_r.to(f.dtype)) - log_z.to(f.dtype)
+
+    def prior_divergence(self, x_0: Tensor) -> Tensor:
+        """See the base class: the same for every x_0."""
+        self._check(x_0, x_0.new_ones(()))
+        a, log_lost, size = self.log_kept[-1].exp(), self.log_lost[-1], self.num_classes
+        gain = torch.log1p((size - 1) * a)  # log K Qbar_ii; K Qbar_ij = 1 - a elsewhere
+        kept = a + (1 - a) / size
+        elsewhere = torch.where(log_lost > -torch.inf, (1 - kept) * log_lost, 0.0)
+        return (kept * gain + elsewhere).expand(x_0.shape)
+
+    def _drawn_anew(self, like: Tensor) -> Tensor:
+        return torch.randint(self.num_classes, like.shape, device=like.device)
 
 
 class AbsorbingTransitions(_Mixing):
@@ -148,10 +202,25 @@ class AbsorbingTransitions(_Mixing):
         """log q(x_{t-1} = x_0 | x_t = m, x_0) = log (a_{t-1} - a_t) / (1 - a_t), of the shape of t, float64."""
         return self.log_jump[t] + self.log_kept[t - 1] - self.log_lost[t]
 
+    def step_divergence(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> Tensor:
+        """See the base class: -w_t log p(x_0 | x_t), w_t = (a_{t-1} - a_t) / (1 - a_t), which an unmasked x_t makes zero."""
+        self._check(x_0, t, first=2)
+        self._check(x_t, t, first=2)
+        log_p = x_0_logits.log_softmax(-1)
+        log_p = log_p.gather(-1, x_0.expand(log_p.shape[:-1])[..., None])[..., 0]
+        return -self.log_unmasking(t).exp().to(log_p.dtype) * log_p
+
+    def prior_divergence(self, x_0: Tensor) -> Tensor:
+        """See the base class: zero, all is absorbed."""
+        return torch.zeros_like(x_0, dtype=self._log_stationary.dtype)
+
+    def _drawn_anew(self, like: Tensor) -> Tensor:
+        return torch.full((), self.mask, device=like.device)
+
     def restrict(self, logits: Tensor, x_t: Tensor) -> Tensor:
         """An unmasked x_t *is* x_0; a masked one excludes the mask alone, in which no datum is."""
         data = ~self._equal(torch.full((), self.mask, device=logits.device))
-        possible = torch.where((x_t == self.mask)[..., None], data, self._equal(x_t))
+        possible = data & (self._equal(x_t) | (x_t == self.mask)[..., None])
         return torch.where(possible, logits, -torch.inf)
 
     def _point(self, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,9 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from ppl_models.processes.class_law import ClassLaw
 
 __all__ = ["Schedule", "Transitions", "betas", "log_add_exp", "refuse_steps", "whole"]
 
@@ -97,6 +100,29 @@ class Transitions(nn.Module, ABC):
         Returns:
             As ``log_p``, with finite gradients for finite log_p; so they are for D3PM's impossible x_0.
         """
+
+    def sample_marginal(self, x_0: Tensor, t: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_0), int64 of the broadcast shape of x_0 and t; t in 0..T. See :meth:`log_transition`."""
+        return ClassLaw(logits=self.log_marginal(x_0, t), validate_args=False).sample()
+
+    def step_divergence(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> Tensor:
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), the latter by eq. 4, in nats for each entry of x_t.
+
+        Args:
+            x_t: int64 in 0..K-1, with q(x_t | x_0) > 0.
+            x_0: the same.
+            x_0_logits: ``[*x_t.shape, K]``, logits of p(x_0 | x_t), as :meth:`restrict` leaves them.
+            t: LongTensor in 2..T, broadcasting against x.
+        """
+        log_p = x_0_logits.log_softmax(-1)
+        column = self.log_column(x_t, t, log_p.dtype)
+        q = ClassLaw(logits=column + self.log_marginal(x_0, t - 1, log_p.dtype), validate_args=False)
+        p = ClassLaw(logits=column + self.log_propagate(log_p, t - 1), validate_args=False)
+        return kl_divergence(q, p)
+
+    @abstractmethod
+    def prior_divergence(self, x_0: Tensor) -> Tensor:
+        """KL(q(x_T | x_0) || pi) in nats for each entry of x_0, float64."""
 
     @property
     @abstractmethod

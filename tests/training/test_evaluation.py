@@ -121,7 +121,7 @@ def test_active_units_are_those_whose_mean_moves() -> None:
         assert evaluate(ElboLoss(pair), x, 8).active_units == 1
         pair.encoder.loc.weight[1, 1] = spread * 1.2
         assert evaluate(ElboLoss(pair), x, 8).active_units == 2
-    assert guide_means(ElboLoss(Replicates(plated=True)), points(5, 3))["z"].shape == (5, 1)
+    assert guide_means(Replicates(plated=True), points(5, 3), ("z",))["z"].shape == (5, 1)
 
 
 def test_evaluating_leaves_modes_and_random_state_alone_and_drops_nothing_out() -> None:

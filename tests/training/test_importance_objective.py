@@ -103,6 +103,10 @@ def max_t(batches: int, count: int, rate: float = 1e-6) -> float:
 def test_both_gradients_have_the_same_value_for_every_pair(name):
     pair = CASES[name].build()
     x = CASES[name].data(pair)
+    if not CASES[name].reparameterised:
+        with pytest.raises(NotReparameterizedError, match="carry no gradient"):
+            ImportanceWeightedLoss(pair, k=4)(x)
+        return
     values = []
     for gradient in BOTH:
         loss = ImportanceWeightedLoss(pair, k=4, gradient=gradient)
@@ -114,7 +118,7 @@ def test_both_gradients_have_the_same_value_for_every_pair(name):
     assert torch.allclose(values[0], values[1], rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.exact])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.exact and case.reparameterised])
 @pytest.mark.parametrize("gradient", BOTH)
 def test_with_the_posterior_as_guide_every_draw_is_the_evidence(name, gradient):
     pair = CASES[name].build()

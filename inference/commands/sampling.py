@@ -1,0 +1,98 @@
+"""What ``ppl sample`` draws: samples of any pair, and the film of how they come about.
+
+    diffusion              x_t and the predicted x_0 by t, on the way down
+    chain of two layers    E[x | z] with upper layers held and lower ones redrawn
+    or more
+
+Draws depend on the seed alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from inference.ancestral import ancestral_trajectory
+from inference.commands.choices import seeded
+from inference.progress import Progress
+from inference.views import diffusion as views
+from inference.views.images import Range
+from inference.views.plot_data import Samples, samples, trajectory_samples
+from inference.views.progressive import draw_progressive, progressive
+from ppl_models.ddpm import DDPM
+from ppl_models.diffusion import Diffusion
+from ppl_models.pair import ModelGuidePair
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SAMPLES_AT_ONCE = 1024
+
+
+def check_options(pair: ModelGuidePair, steps: int | None, eta: float, film: Path | None) -> None:
+    """Refuses options that mean nothing for a pair, before anything is drawn.
+
+    Raises:
+        ValueError: steps or eta without Gaussian steps, or a film of a single latent layer.
+
+    Example:
+        >>> from ppl_models import LinearGaussian
+        >>> check_options(LinearGaussian.random(data_dim=3, latent_dim=2), None, 1.0, None)
+    """
+    name = type(pair).__name__
+    if not isinstance(pair, DDPM) and (steps is not None or eta != 1):
+        raise ValueError(f"expected --steps and --eta with a ddpm only, got {name}: leave them out")
+    if isinstance(pair, DDPM) and steps is not None and steps > pair.num_timesteps:
+        raise ValueError(f"expected --steps of at most T = {pair.num_timesteps}, got {steps}")
+    if film is None:
+        return
+    if len(pair.latent_sites) < 2:
+        raise ValueError(
+            f"expected --film with a diffusion or several latent layers, got {name} with one: leave it out"
+        )
+    if not isinstance(pair, Diffusion) and len(pair.data_shape) < 2:
+        raise ValueError(
+            f"expected images for the --film of a {name}, got data of shape {list(pair.data_shape)}: leave it out"
+        )
+
+
+def draw(pair: ModelGuidePair, num: int, steps: int | None = None, eta: float = 1.0, seed: int = 0) -> Samples:
+    """Samples of a pair, :data:`SAMPLES_AT_ONCE` at a time; of a diffusion under ``steps`` and ``eta``.
+
+    Example:
+        >>> from ppl_models import LinearGaussian
+        >>> draw(LinearGaussian.random(data_dim=3, latent_dim=2), 5).draws.shape
+        (5, 3)
+    """
+    if isinstance(pair, Diffusion):
+        trajectory = ancestral_trajectory(pair, num, steps, eta=eta, seed=seed, batch_size=SAMPLES_AT_ONCE)
+        return trajectory_samples(trajectory)
+    chunks = []
+    with seeded(seed), Progress("drawing samples", num, unit="samples") as progress:
+        for start in range(0, num, SAMPLES_AT_ONCE):
+            count = min(SAMPLES_AT_ONCE, num - start)
+            chunks.append(samples(pair, count))
+            progress.advance(count)
+    means = [chunk.means for chunk in chunks if chunk.means is not None]
+    draws = np.concatenate([chunk.draws for chunk in chunks])
+    return Samples(draws, np.concatenate(means) if means else None, law=chunks[0].law)
+
+
+def draw_film(
+    pair: ModelGuidePair, steps: int | None, eta: float, seed: int, value_range: Range | None
+) -> tuple[Figure, str]:
+    """How samples come about, as a picture, and a table that goes with it or nothing.
+
+    Args:
+        pair: a diffusion, or a chain of latent layers over images.
+        steps: see :func:`inference.ancestral.ancestral_trajectory`.
+        eta: see there.
+        seed: of the draws.
+        value_range: of images; None for points.
+    """
+    if not isinstance(pair, Diffusion):
+        shown = progressive(pair, seed=seed)
+        return draw_progressive(shown, value_range), shown.table()
+    return views.draw_film(pair, steps, eta, seed, value_range), ""

@@ -1,0 +1,76 @@
+"""A training step's losses: by the loss as it is, or by its compiled graph where that pays.
+
+Compiling costs from seconds to a minute, so "auto" compiles runs that win it back: of :data:`CPU_STEPS` steps and more, or
+:data:`CUDA_STEPS` on a GPU. The decision hangs on the configuration and never on a clock, and only batches of the full size
+are compiled, so that a resumed run takes the very steps it would have taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.training.compilation import CompiledObjective, compile_objective
+from inference.training.config import ConfigError, TrainConfig
+from inference.training.objectives import TrainingStep
+from inference.training.traceability import NotTraceableError
+
+CPU_STEPS, CUDA_STEPS = 40_000, 5_000
+BACKEND = "inductor"
+
+
+class Stepper:
+    """``loss.step``, compiled for full batches where the configuration asks for it or the run is long.
+
+    Args:
+        loss: from :func:`inference.training.objective_choice.make_loss`.
+        config: its ``compile`` decides.
+        total_steps: of the whole run.
+        full_batch: how many data this process has in a full batch.
+        device: where the run computes.
+        say: shows a sentence.
+    """
+
+    def __init__(
+        self,
+        loss: Any,
+        config: TrainConfig,
+        total_steps: int,
+        full_batch: int,
+        device: torch.device,
+        say: Callable[[str], None],
+    ) -> None:
+        self.loss, self.full_batch, self.say = loss, full_batch, say
+        self.required = config.compile == "on"
+        enough = CUDA_STEPS if device.type == "cuda" else CPU_STEPS
+        self.wanted = self.required or (config.compile == "auto" and total_steps >= enough)
+        self.fast: CompiledObjective | None = None
+
+    def __call__(self, x: Tensor) -> Any:
+        """The objective and the terms of a batch, see :class:`TrainingStep`.
+
+        Raises:
+            ConfigError: a loss that cannot be compiled, with ``compile="on"``.
+        """
+        if not self.wanted or len(x) != self.full_batch:
+            return self.loss.step(x)
+        if self.fast is None:
+            self._compile(x)
+            if self.fast is None:
+                return self.loss.step(x)
+        return TrainingStep(*self.fast(x))
+
+    def _compile(self, x: Tensor) -> None:
+        self.say("compiling the objective; compile=off does without")
+        try:
+            self.fast = compile_objective(self.loss, x, method="step", backend=BACKEND)
+        except NotTraceableError as error:
+            if self.required:
+                raise ConfigError(f"compile: {error}; use compile=off") from error
+            self.wanted = False
+            self.say(f"training uncompiled: {error}")
+            return
+        self.say("; ".join(self.fast.history))
