@@ -146,10 +146,11 @@ def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool 
         print(f"ppl: stopped; {out} keeps what was done: the same command with --resume goes on", file=sys.stderr)
         raise
     row = kept_epoch(run)
+    # A diffusion's latents are the process's; no unit of them is learned.
+    units = "" if pair.data_site == "x_0" else f"; {row['active_units']:.0f} active units"
     print(
         f"\nELBO on {run.config['validation']}: {row['validation_elbo']:.2f} +- {row['validation_std_error']:.2f} nats "
         f"({row['validation_bits_per_dim']:.3f} bits/dim) at epoch {row['epoch']:.0f} = "
-        f"-(rate {row['validation_rate']:.2f} + distortion {row['validation_distortion']:.2f}); "
-        f"{row['active_units']:.0f} active units\n"
+        f"-(rate {row['validation_rate']:.2f} + distortion {row['validation_distortion']:.2f}){units}\n"
         f"the run is in {out}; look at it: ppl report {out}"
     )
