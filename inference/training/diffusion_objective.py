@@ -99,6 +99,8 @@ class DiffusionLoss(nn.Module):
         self.timesteps = timesteps
         self.auxiliary_weight = auxiliary_weight
         self.sampler = SAMPLERS[timesteps](pair.num_timesteps)
+        network = {id(parameter) for parameter in pair.network.parameters()}
+        self._decoder_learns = any(id(parameter) not in network for parameter in pair.parameters())
 
     @property
     def latents(self) -> tuple[str, ...]:
@@ -210,4 +212,9 @@ class DiffusionLoss(nn.Module):
         if torch.compiler.is_compiling() or get_proxy_mode() is not None:
             most = self.sampler.most_of_one(len(t))
             return t.topk(most, largest=False).indices if most < len(t) else None
-        return (t == 0).nonzero()[:, 0]
+        rows = (t == 0).nonzero()[:, 0]
+        if len(rows) or not self._decoder_learns:
+            return rows
+        return torch.zeros(
+            1, dtype=torch.int64, device=t.device
+        )  # parameters that DDP waits for get a gradient of zero

@@ -33,11 +33,11 @@ class ClassLaw(dist.Categorical):
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:  # noqa: B008
         """Draws by inversion, ``[*sample_shape, *batch_shape]`` int64."""
         with torch.no_grad():
-            below = self.logits.exp().cumsum(-1, dtype=torch.float64)
+            below = self.logits.exp().double().cumsum_(-1)
             total = below[..., -1]  # one up to rounding; u total < total, so that the last class is never passed
             u = torch.rand((*sample_shape, *total.shape), dtype=total.dtype, device=total.device)
             draws = (u * total).reshape(-1, *total.shape).movedim(0, -1).contiguous()  # a row of draws for each law
-            k = torch.searchsorted(below, draws, right=True)
+            k = torch.searchsorted(below, draws, right=True).clamp(max=below.shape[-1] - 1)  # K only where all is NaN
             return k.movedim(-1, 0).reshape(u.shape)
 
     def expand(self, batch_shape: torch.Size, _instance: ClassLaw | None = None) -> ClassLaw:

@@ -27,6 +27,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -93,13 +94,13 @@ def growth(options: argparse.Namespace) -> None:
         calls = {}
         for last in LENGTHS:
             loss = DiffusionLoss(make_pair("mlp", last, options), weights=weights)
-            calls[f"T = {last}"] = gradient_of(loss, lambda loss=loss: loss(x))
+            calls[f"T = {last}"] = gradient_of(loss, partial(loss, x))
         compare(f"growth, {weights}, mlp, batch {options.batch}", calls, "T = 100", options)
         if options.compiled:
             for last in LENGTHS:
                 loss = DiffusionLoss(make_pair("mlp", last, options), weights=weights)
                 fast = compile_objective(loss, x)
-                calls[f"T = {last}"] = gradient_of(loss, lambda fast=fast: fast(x))
+                calls[f"T = {last}"] = gradient_of(loss, partial(fast, x))
             compare(f"growth, {weights}, mlp, batch {options.batch}, compiled", calls, "T = 100", options)
 
 
@@ -111,7 +112,7 @@ def simple_by_hand(ddpm: DDPM, x: Tensor) -> Tensor:
     return (eps - ddpm.network(level.sqrt() * x + (1 - level).sqrt() * eps, t)).square().sum((-1, -2))
 
 
-def diffusers_loop(ddpm: DDPM, x: Tensor) -> Tensor:
+def diffusers_loop(ddpm: DDPM, x: Tensor) -> Callable[[], Tensor]:
     """The training loop of diffusers' tutorials, on the model inside the adapter."""
     scheduler: Any = importlib.import_module("diffusers").DDPMScheduler(num_train_timesteps=ddpm.num_timesteps)
     images = x[:, None]
@@ -161,7 +162,7 @@ def step_of(network: str, options: argparse.Namespace) -> None:
         compare(f"step, {network}, T = 1000, batch {size}, compiled", calls, "network alone", options)
 
 
-def programs_of(pair: DDPM) -> tuple[Call, Call]:
+def programs_of(pair: DDPM) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The single-term programs."""
     return pair.term_model, pair.term_guide
 
@@ -208,9 +209,9 @@ def bound(options: argparse.Namespace) -> None:
     last, size = 100, 16
     for network in networks(options):
         x, pair = make_data(size, options), make_pair(network, last, options).eval()
-        calls = {
-            "loop over t": lambda pair=pair, x=x: loop_over_t(pair, x),
-            "decompose_diffusion": lambda pair=pair, x=x: decompose_diffusion(pair, x, num_particles=1),
+        calls: dict[str, Call] = {
+            "loop over t": partial(loop_over_t, pair, x),
+            "decompose_diffusion": partial(decompose_diffusion, pair, x, num_particles=1),
         }
         compare(f"bound, {network}, T = {last}, {size} data, one draw", calls, "loop over t", options)
 
@@ -246,12 +247,9 @@ def program(options: argparse.Namespace) -> None:
     for last in (10, 100):
         pair = make_pair("mlp", last, options)
         t = torch.randint(last, (len(x),), device=x.device)
-        calls[f"one term of {last}"] = gradient_of(
-            pair, lambda pair=pair, t=t: elbo.differentiable_loss(*programs_of(pair), x, t)
-        )
-        calls[f"all {last} sites"] = gradient_of(
-            pair, lambda pair=pair: elbo.differentiable_loss(pair.model, pair.posterior_guide, x)
-        )
+        one, chain = (*programs_of(pair), x, t), (pair.model, pair.posterior_guide, x)
+        calls[f"one term of {last}"] = gradient_of(pair, partial(elbo.differentiable_loss, *one))
+        calls[f"all {last} sites"] = gradient_of(pair, partial(elbo.differentiable_loss, *chain))
     compare(f"program, Trace_ELBO, mlp, batch {options.batch}", calls, "one term of 10", options)
 
 

@@ -5,11 +5,13 @@
     transitions    a term's KL and its gradient, and a draw of x_t, for uniform and absorbing transitions beside the same ones
                    as matrices, by K: O(K) beside O(K^2)
 
-The network is a U-Net that reads grey levels as numbers and returns K logits a pixel, or an MLP that does; its logits
-are most of what any loss over K classes must touch. Turns, ratios and options are those of :mod:`tests.benchmarks.diffusion`.
+The networks are the library's: mlp and unet return K logits an entry, which any loss over K classes must pass over; logistic
+is a U-Net of two numbers a pixel, of which the D3PM makes the K logits, so that all work over classes is the loss's. Turns,
+ratios and options are those of :mod:`tests.benchmarks.diffusion`.
 
-    python -m tests.benchmarks.discrete [--blocks step sampler transitions] [--networks mlp unet] [--kinds uniform absorbing
-        gaussian] [--classes 256] [--rounds 20] [--batch 32] [--threads 1] [--device cpu] [--clock wall|cpu] [--compiled]
+    python -m tests.benchmarks.discrete [--blocks step sampler transitions] [--networks mlp unet logistic] [--rounds 20]
+        [--kinds uniform absorbing gaussian] [--classes 256] [--batch 32] [--threads 1] [--device cpu] [--clock wall|cpu]
+        [--compiled]
 
 Not a test: nothing here passes or fails.
 """
@@ -17,6 +19,7 @@ Not a test: nothing here passes or fails.
 from __future__ import annotations
 
 import argparse
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,45 +27,32 @@ from torch import Tensor, nn
 from inference import DiffusionLoss, ancestral_sample
 from inference.training.compilation import compile_objective
 from ppl_models import D3PM
+from ppl_models.networks.ordinal import OrdinalDenoiser
 from ppl_models.networks.residual_mlp import ResidualMLP
 from ppl_models.networks.unet import UNet
 from ppl_models.processes import CategoricalProcess, Transitions, absorbing, discretized_gaussian, uniform
 from ppl_models.processes.dense_transitions import DenseTransitions
 from tests.benchmarks.diffusion import Call, begin, compare, gradient_of, parser
 
-SHAPES = {"mlp": (8, 8), "unet": (28, 28)}
+SHAPES = {"mlp": (8, 8), "unet": (28, 28), "logistic": (28, 28)}
 SIZES = (16, 64, 256, 1024)
 LENGTH = 100
 KINDS = {"uniform": uniform, "absorbing": absorbing, "gaussian": discretized_gaussian}
-
-
-class GreyLevels(nn.Module):
-    """A network of real images that is given classes as numbers in [-1, 1] and returns K logits for each.
-
-    Args:
-        body: takes real images, returns two numbers a pixel.
-        num_classes: K.
-    """
-
-    def __init__(self, body: nn.Module, num_classes: int) -> None:
-        super().__init__()
-        self.body, self.num_classes = body, num_classes
-        self.last = nn.Linear(2, num_classes)
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """``[*batch, *data_shape, K]``."""
-        return self.last(self.body(2 * x_t.to(self.last.weight.dtype) / (self.num_classes - 1) - 1, t))
 
 
 def make_pair(kind: str, network: str, num_classes: int, options: argparse.Namespace) -> D3PM:
     """A D3PM over all classes, a mask among them where there is one."""
     torch.manual_seed(0)
     shape = SHAPES[network]
+    body: nn.Module
     if network == "mlp":
-        body: nn.Module = ResidualMLP(shape, hidden=256, blocks=4, num_classes=num_classes)
+        body = ResidualMLP(shape, hidden=256, blocks=4, num_classes=num_classes)
+    elif network == "unet":
+        body = UNet(shape, (32, 64), blocks=2, num_classes=num_classes)
     else:
-        body = GreyLevels(UNet(shape, (32, 64), blocks=2, with_variance=True), num_classes)
-    return D3PM(body, KINDS[kind](num_classes, LENGTH), shape, num_classes).to(options.device)
+        body = OrdinalDenoiser(UNet(shape, (32, 64), blocks=2, with_variance=True), num_classes)
+    output: Literal["logits", "logistic"] = "logistic" if network == "logistic" else "logits"
+    return D3PM(body, KINDS[kind](num_classes, LENGTH), shape, num_classes, output).to(options.device)
 
 
 def make_data(shape: tuple[int, ...], size: int, num_classes: int, options: argparse.Namespace) -> Tensor:
@@ -75,6 +65,8 @@ def step(options: argparse.Namespace) -> None:
     """A training step beside the network's own forward and backward."""
     for network in options.networks:
         for kind in options.kinds:
+            if network == "logistic" and kind == "absorbing":  # a mask has no place on the line
+                continue
             step_of(network, kind, options)
 
 
@@ -108,7 +100,7 @@ def step_of(network: str, kind: str, options: argparse.Namespace) -> None:
 
 def cross_entropy(pair: D3PM, x: Tensor, t: Tensor) -> Tensor:
     """The least that a loss over K classes can be: torch's own, without noise or process."""
-    logits = pair.network(x, t).flatten(0, -2)
+    logits = pair.x_0_logits(pair.network(x, t), x).flatten(0, -2)
     return nn.functional.cross_entropy(logits, x.flatten(), reduction="none")
 
 
@@ -116,6 +108,8 @@ def sampler(options: argparse.Namespace) -> None:
     """A step of the ancestral sampler beside one network call; T calls of each."""
     for network in options.networks:
         for kind in options.kinds:
+            if network == "logistic" and kind == "absorbing":  # a mask has no place on the line
+                continue
             sampler_of(network, kind, options)
 
 
