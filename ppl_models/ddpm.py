@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ppl_models.diffusion import Diffusion
 from ppl_models.likelihoods import DiscretizedNormal, Likelihood, LocationScale
+from ppl_models.networks.grid_denoiser import GridDenoiser
 from ppl_models.networks.residual_mlp import ResidualMLP
 from ppl_models.networks.unet import UNet
 from ppl_models.processes.gaussian import GaussianProcess
@@ -37,6 +38,8 @@ __all__ = ["DDPM"]
 
 Prediction = Literal["eps", "x_0", "mean"]
 Variance = Literal["beta", "posterior", "learned"]
+
+_FEW_LEVELS = 32  # a network that writes a number for each level of each pixel is small then
 
 
 class DDPM(Diffusion):
@@ -108,12 +111,12 @@ class DDPM(Diffusion):
         data_shape: Sequence[int],
         likelihood: Likelihood,
         num_timesteps: int = 100,
-        schedule: Literal["linear", "cosine"] = "cosine",
-        network: Literal["mlp", "unet"] = "mlp",
-        hidden: int = 256,
-        blocks: int = 4,
+        schedule: Literal["linear", "cosine", "geometric"] = "geometric",
+        network: Literal["auto", "mlp", "unet", "grid"] = "auto",
+        hidden: int = 128,
+        blocks: int = 3,
         predict: Prediction = "eps",
-        variance: Variance = "beta",
+        variance: Variance = "learned",
     ) -> DDPM:
         """A DDPM with one of the library's denoisers.
 
@@ -121,8 +124,10 @@ class DDPM(Diffusion):
             data_shape: shape of one datum.
             likelihood: of x_0 given x_1, see the class.
             num_timesteps: T.
-            schedule: "cosine" or "linear", see :class:`ppl_models.processes.NoiseSchedule`.
-            network: "mlp" for vectors and small images, "unet" for images.
+            schedule: "geometric", "cosine" or "linear", see :class:`ppl_models.processes.NoiseSchedule`.
+            network: "mlp" for vectors and small images, "unet" for images, "grid" for small images of few levels, see
+                :class:`ppl_models.networks.grid_denoiser.GridDenoiser`; "auto": "grid" where the likelihood has at most 32
+                levels and the prediction and variance are those that it needs, else "mlp".
             hidden: width of the network; of a U-Net at the highest resolution, twice that below.
             blocks: residual blocks, or blocks at each resolution.
             predict: see the class.
@@ -131,19 +136,32 @@ class DDPM(Diffusion):
         Raises:
             ValueError: an unknown name, or what schedule and network refuse.
         """
-        schedules = {"linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine}
+        schedules = {name: getattr(NoiseSchedule, name) for name in ("linear", "cosine", "geometric")}
         if schedule not in schedules:
             raise ValueError(f"expected a schedule among {', '.join(schedules)}, got {schedule!r}")
+        steps = schedules[schedule](num_timesteps)
         learned = variance == "learned"
+        levels = getattr(likelihood, "levels", None)
+        on_grid = predict == "eps" and learned and levels is not None
+        if network == "auto":
+            few = levels is not None and levels <= _FEW_LEVELS
+            network = "grid" if on_grid and few and num_timesteps > 1 else "mlp"
         denoiser: nn.Module
         match network:
+            case "grid" if on_grid:
+                denoiser = GridDenoiser(ResidualMLP(data_shape, hidden, blocks, outputs=levels), steps)
+            case "grid":
+                raise ValueError(
+                    "expected predict='eps', variance='learned' and a DiscretizedNormal likelihood with network='grid', got "
+                    f"{predict!r}, {variance!r} and {type(likelihood).__name__}"
+                )
             case "mlp":
                 denoiser = ResidualMLP(data_shape, hidden, blocks, with_variance=learned)
             case "unet":
                 denoiser = UNet(data_shape, (hidden, 2 * hidden), blocks, with_variance=learned)
             case _:
-                raise ValueError(f"expected a network among mlp, unet, got {network!r}")
-        return cls(denoiser, schedules[schedule](num_timesteps), data_shape, predict, variance, likelihood)
+                raise ValueError(f"expected a network among auto, mlp, unet, grid, got {network!r}")
+        return cls(denoiser, steps, data_shape, predict, variance, likelihood)
 
     def announce_parameters(self) -> None:
         """Announces the network's parameters and the likelihood's."""

@@ -52,6 +52,7 @@ PARTS: dict[str, str] = {
     "LadderEncoder": "ppl_models.networks.gaussian_layers:LadderEncoder",
     "ResidualMLP": "ppl_models.networks.residual_mlp:ResidualMLP",
     "UNet": "ppl_models.networks.unet:UNet",
+    "GridDenoiser": "ppl_models.networks.grid_denoiser:GridDenoiser",
     "OrdinalDenoiser": "ppl_models.networks.ordinal:OrdinalDenoiser",
     "TransformerDenoiser": "ppl_models.networks.transformer:TransformerDenoiser",
     "DiffusersUNet": "ppl_models.networks.diffusers:DiffusersUNet.from_config",

@@ -389,8 +389,18 @@ def test_the_sampling_update_in_the_letters_of_004():
             r"to take x_t of shape \[1, 4\] and t of shape \[1\], but it fails \(mat1 and mat2",
         ),
         (lambda: ddpm(network=Pair()), TypeError, "one tensor of shape .*, got tuple: return the tensor itself"),
-        (lambda: preset(schedule="quadratic"), ValueError, "a schedule among linear, cosine, got 'quadratic'"),
-        (lambda: preset(network="cnn"), ValueError, "a network among mlp, unet, got 'cnn'"),
+        (
+            lambda: preset(schedule="quadratic"),
+            ValueError,
+            "a schedule among linear, cosine, geometric, got 'quadratic'",
+        ),
+        (
+            lambda: preset(network="grid", predict="x_0"),
+            ValueError,
+            "with network='grid', got 'x_0', 'learned' and Disc",
+        ),
+        (lambda: preset(Normal, network="grid"), ValueError, "'eps', 'learned' and Normal"),
+        (lambda: preset(network="cnn"), ValueError, "a network among auto, mlp, unet, grid, got 'cnn'"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(build, error, match):
@@ -431,6 +441,7 @@ PARTS_OF_A_DDPM = {
     "NoiseSchedule": "ppl_models.processes.schedules:NoiseSchedule.from_config",
     "ResidualMLP": "ppl_models.networks.residual_mlp:ResidualMLP",
     "UNet": "ppl_models.networks.unet:UNet",
+    "GridDenoiser": "ppl_models.networks.grid_denoiser:GridDenoiser",
 }
 
 

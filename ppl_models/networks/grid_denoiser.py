@@ -7,9 +7,9 @@ Data of K levels lie on a grid, many pixels on its ends, and near t = 1 most of 
 network that returns x_0 or the noise itself has to learn rounding, to the precision of the noise at each t; here rounding
 is exact, and F is a log prior. Where pixels are independent, F = log p(v_k), the same for all t, is the optimum.
 
-What comes out is the prediction of x_0 and of the reverse variance that a :class:`ppl_models.DDPM` with predict="x_0" and
-variance="learned" takes: m, and the v whose variance exp(w log beta_t + (1 - w) log beta-tilde_t), w = sigmoid(v), is that
-of p(x_{t-1} | x_t), pixel by pixel, by the law of total variance:
+What comes out is what a :class:`ppl_models.DDPM` with predict="eps" and variance="learned" takes: the noise that m stands
+for, eps = (x_t - sqrt(alpha-bar_t) m) / sqrt(1 - alpha-bar_t), and the v whose variance exp(w log beta_t +
+(1 - w) log beta-tilde_t), w = sigmoid(v), is that of p(x_{t-1} | x_t) in each pixel, by the law of total variance:
 
     beta-tilde_t + c_t^2 s_i^2,     c_t = sqrt(alpha-bar_{t-1}) beta_t / (1 - alpha-bar_t)
 
@@ -45,7 +45,7 @@ class Schedule(Protocol):
 
 
 class GridDenoiser(nn.Module):
-    """``network(x_t, t)``: real ``[*batch, *data_shape]`` -> ``[*batch, *data_shape, 2]``, (x_0-hat, v); see the module.
+    """``network(x_t, t)``: real ``[*batch, *data_shape]`` -> ``[*batch, *data_shape, 2]``, (eps, v); see the module.
 
     Args:
         network: F, ``[*batch, *data_shape]`` -> ``[*batch, *data_shape, K]``: a :class:`Denoiser` of real values made with
@@ -65,9 +65,10 @@ class GridDenoiser(nn.Module):
         >>> schedule = NoiseSchedule.cosine(1000)
         >>> network = GridDenoiser(ResidualMLP((8, 8), hidden=32, outputs=17), schedule)
         >>> x_1 = torch.full((1, 8, 8), 0.126)  # near the level 0.125, at little noise
-        >>> round(network(x_1, torch.tensor(1))[0, 0, 0, 0].item(), 5)
-        0.125
-        >>> ddpm = DDPM(network, schedule, (8, 8), predict="x_0", variance="learned", likelihood=DiscretizedNormal(17))
+        >>> mean, variance = network.posterior(x_1, torch.tensor(1))
+        >>> round(mean[0, 0, 0].item(), 5), bool(variance.max() < 1e-6)
+        (0.125, True)
+        >>> ddpm = DDPM(network, schedule, (8, 8), variance="learned", likelihood=DiscretizedNormal(17))
     """
 
     values: Tensor
@@ -89,7 +90,7 @@ class GridDenoiser(nn.Module):
         low[0] = low[1]  # as DDPM has it: beta-tilde_2 in place of beta-tilde_1 = 0
         rows = [
             schedule.alpha_bar.sqrt(),
-            schedule.marginal_variance.reciprocal(),
+            schedule.marginal_variance.sqrt(),
             schedule.posterior_weight_x_0.square(),
             low,
             schedule.log_beta - low,
@@ -98,18 +99,27 @@ class GridDenoiser(nn.Module):
         self.register_buffer("tables", torch.stack(rows), persistent=False)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_t ``[*batch, *data_shape]`` and t, which broadcasts against ``batch``, to (x_0-hat, v)."""
-        batch = self.network.batch_shape(x_t)
-        values = self.values.to(x_t.dtype)
-        steps = self.tables[:, t.expand(batch) - 1].to(x_t.dtype)
-        signal, precision, square_weight, low, span = steps.reshape(*steps.shape, *[1] * (x_t.dim() - len(batch)))
-        misfit = (x_t.unsqueeze(-1) - signal.unsqueeze(-1) * values).square()
-        log_prior = self.network(x_t, t).to(x_t.dtype)
-        p = (log_prior - 0.5 * precision.unsqueeze(-1) * misfit).softmax(-1)
-        mean = p @ values
-        variance = (p * (values - mean.unsqueeze(-1)).square()).sum(-1)
+        """x_t ``[*batch, *data_shape]`` and t, which broadcasts against ``batch``, to (eps, v)."""
+        mean, variance = self.posterior(x_t, t)
+        signal, noise, square_weight, low, span = self._steps(x_t, t)
         weight = (square_weight * variance * (-low).exp()).log1p() / span
-        return torch.stack([mean, weight.clamp(_SMALLEST_WEIGHT, 1 - _SMALLEST_WEIGHT).logit()], -1)
+        v = weight.clamp(_SMALLEST_WEIGHT, 1 - _SMALLEST_WEIGHT).logit()
+        return torch.stack([(x_t - signal * mean) / noise, v], -1)
+
+    def posterior(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each entry of x_0 given x_t, each ``[*batch, *data_shape]``."""
+        signal, noise, *_ = self._steps(x_t, t)
+        values = self.values.to(x_t.dtype)
+        distance = (x_t.unsqueeze(-1) - signal.unsqueeze(-1) * values) / noise.unsqueeze(-1)
+        p = (self.network(x_t, t).to(x_t.dtype) - 0.5 * distance.square()).softmax(-1)
+        mean = p @ values
+        return mean, (p * (values - mean.unsqueeze(-1)).square()).sum(-1)
+
+    def _steps(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The tables at t, in the dtype of x_t and shaped to broadcast against it."""
+        batch = self.network.batch_shape(x_t)
+        steps = self.tables[:, t.expand(batch) - 1].to(x_t.dtype)
+        return steps.reshape(*steps.shape, *[1] * (x_t.dim() - len(batch)))
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments, JSON-able."""

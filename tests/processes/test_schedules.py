@@ -247,6 +247,8 @@ REFUSED = [
     (lambda: NoiseSchedule.linear(1), r"got 1 \(beta_T = 20\): take more steps or the cosine"),
     (lambda: NoiseSchedule.linear(0), r"num_timesteps >= 1, got 0"),
     (lambda: NoiseSchedule.cosine(-3), r"num_timesteps >= 1, got -3"),
+    (lambda: NoiseSchedule.geometric(1), r"num_timesteps >= 2 for the geometric schedule, got 1"),
+    (lambda: NoiseSchedule.geometric(9, -1, 1), r"first_log_snr > last_log_snr, got -1 and 1: swap them"),
     (lambda: NoiseSchedule([1e-40, 0.1]), r"beta_t >= 1.2e-38.*got beta_1 = 1e-40"),
     (lambda: NoiseSchedule.from_stds([1e-30]), r"std_t >= 1.1e-19.*got std_1 = 1e-30"),
     (lambda: NoiseSchedule([0.5, 1e-20]), r"signal-to-noise ratio to fall.*beta_2 = 1e-20 does not change it"),
@@ -256,7 +258,10 @@ REFUSED = [
     (lambda: NoiseSchedule.linear(50).respaced([0, 50]), r"got \[0, 50\]"),
     (lambda: NoiseSchedule.linear(50).respaced([10, 51]), r"got \[10, 51\]"),
     (lambda: NoiseSchedule.linear(50).respaced([10, 10]), r"got \[10, 10\]"),
-    (lambda: NoiseSchedule.from_config("sigmoid", num_timesteps=3), r"among linear, cosine, betas, got 'sigmoid'"),
+    (
+        lambda: NoiseSchedule.from_config("sigmoid", num_timesteps=3),
+        r"among linear, cosine, geometric, betas, got 'sigmoid'",
+    ),
 ]
 
 
@@ -284,3 +289,12 @@ def test_a_schedule_says_what_it_is():
     assert repr(NoiseSchedule.linear(1000)) == "NoiseSchedule.linear(1000)"
     assert repr(NAMED["cosine-4000-zero"]) == "NoiseSchedule.cosine(4000).with_zero_terminal_snr()"
     assert re.fullmatch(r"NoiseSchedule.from_betas\(\[0.3, ..., 0.7\], T=3\)", repr(NAMED["betas"]))
+
+
+def test_geometric_schedules_have_evenly_spaced_log_snr():
+    schedule = NoiseSchedule.geometric(200, first_log_snr=7.0, last_log_snr=-5.0)
+    assert np.allclose(schedule.log_snr.numpy(), np.linspace(7.0, -5.0, 200), rtol=0, atol=1e-9)
+    assert not np.allclose(NoiseSchedule.cosine(200).log_snr.diff().numpy(), -12 / 199, atol=1e-2)  # control
+    config = json.loads(json.dumps(schedule.config()))
+    assert torch.equal(NoiseSchedule.from_config(**config).beta, schedule.beta)
+    assert repr(schedule) == "NoiseSchedule.geometric(200)"
