@@ -143,8 +143,8 @@ def test_binarisation_needs_the_unit_scaling(scaling: str | None) -> None:
 
 
 def test_unknown_names_are_refused_with_what_there_is() -> None:
-    for spec in ("cifar", "text:book.txt", "hf:mnist", "mnist:", "mnist"):
-        with pytest.raises(DataError, match=r"expected one of digits, two_moons, .*images:FOLDER, got"):
+    for spec in ("cifar", "text:", "hf:mnist", "mnist:", "mnist"):
+        with pytest.raises(DataError, match=r"expected one of digits, two_moons, .*images:FOLDER, text:FILE, got"):
             load_data(spec)
     with pytest.raises(DataError, match="scaling: expected one of none, unit, symmetric, classes, got 'tanh'"):
         load_data("digits", scaling="tanh")
@@ -297,7 +297,7 @@ def test_a_data_set_made_by_hand_is_held_to_its_own_statement() -> None:
     grey = torch.tensor([[0.25], [1.0]])
     with pytest.raises(DataError, match=r"train\[0, 0\] = 0.25: not on the grid of 2 levels"):
         DataSet("mine", grey, scaling="unit", binarization="fixed")
-    with pytest.raises(DataError, match="kind: expected one of image, point, got 'sound'"):
+    with pytest.raises(DataError, match="kind: expected one of image, point, text, got 'sound'"):
         DataSet("mine", grey, kind="sound")
     with pytest.raises(DataError, match=r"train_labels: expected one int64 label a datum, shape \[2\]"):
         DataSet("mine", grey, train_labels=torch.zeros(3, dtype=torch.int64))
