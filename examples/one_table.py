@@ -2,7 +2,10 @@
 
 8x8 images of 17 grey levels, 1500 to train and 297 held out (seed 0 of the data module). Every system gives a probability
 to the same 64 integers, so their bounds are comparable in nats and in bits per dimension. A tenth of the training data is
-put aside; the weights of the epoch with the best bound there are the run's. The 297 images are looked at once, at the end.
+put aside; the weights of the epoch with the best bound there are the run's. No run sees the 297 images before it has ended;
+the settings below were found in some twenty trials on seed 0 that showed both parts, and chosen by the part put aside
+except that the VAE has no weight decay, which would raise its ELBO and lower its IWAE-K.
+"train" is the bound of the first 297 training images, a tenth of them among those put aside.
 
 The bound is the plain ELBO: by site, or for the diffusions all T + 1 terms with closed-form KLs. IWAE-K is for the systems
 whose guide is learned. One resumable script: each run and each row that is there already is not made again.
@@ -167,7 +170,7 @@ def draw(pictures: dict[str, Tensor], columns: int) -> Figure:
         axes = figure.add_subplot()
         mosaic = draw_mosaic(axes, to_rgb(tiles, (-1, 1)), columns)
         if len(pictures) > 1:
-            axes.set_yticks(mosaic.y, list(pictures))
+            axes.set_yticks(mosaic.y, [name.replace(" ", "\n") for name in pictures])
     return figure
 
 
