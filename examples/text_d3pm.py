@@ -28,7 +28,6 @@ from inference.views.drawing import BLUE, GREY, VERMILION, save_figure, style
 from inference.views.tables import text_table
 from ppl_models import D3PM
 from ppl_models.networks import TransformerDenoiser
-from ppl_models.networks.time_embedding import sinusoids
 from ppl_models.processes import absorbing, uniform
 
 TRANSITIONS = {
@@ -127,8 +126,6 @@ def train(kind: str, spec: str, folder: Path, options: argparse.Namespace) -> Ru
     num_characters = len(load_data(spec).alphabet)
     transitions = TRANSITIONS[kind](num_characters, options.num_timesteps)
     network = TransformerDenoiser((options.window,), transitions.num_classes, options.width, options.layers)
-    with torch.no_grad():  # from these attention learns to find the neighbours sooner than from noise
-        network.place.copy_(sinusoids(torch.arange(options.window), options.width // 2))
     return fit(
         D3PM(network, transitions, (options.window,), transitions.num_classes),
         spec,
@@ -140,6 +137,7 @@ def train(kind: str, spec: str, folder: Path, options: argparse.Namespace) -> Ru
         schedule="cosine",
         warmup_steps=100,
         gradient_clip=1.0,
+        ema=0.999,
         validation_fraction=0.02,  # of the training part: the held-out tenth is looked at once, below
         device=options.device,
     )
@@ -195,7 +193,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-timesteps", type=int, default=64)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--num-curve", type=int, default=200, help="held-out windows for the terms by t")
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--device", default="auto")

@@ -1,10 +1,11 @@
 """A transformer that denoises sequences of classes: text, or any discrete data read as a sequence.
 
-    h_i <- token(x_i) + place_i + e(t);      h <- layer(h) for each layer;      logits_i = W LN(h_i)
+    h_i <- token(x_i) + place_i + e(t);    h <- h + GELU(C * h);    h <- layer(h) for each layer;    logits_i = W LN(h_i)
 
 with PyTorch's own encoder layers, normalised first, and no causal mask: every position sees every other, as a denoiser must
-(D3PM: Austin et al. 2021, arXiv:2107.03006, appendix B). W starts at zero, so an untrained network says that all classes are
-equally likely.
+(D3PM: Austin et al. 2021, arXiv:2107.03006, appendix B). C is a convolution over neighbours, as in front of the transformer of
+wav2vec 2.0 (Baevski et al. 2020, arXiv:2006.11477): from it the first steps learn what stands beside what, which attention
+alone finds only after thousands. W starts at zero, so an untrained network says that all classes are equally likely.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from ppl_models.networks.denoiser import Denoiser, starting_at_zero
 from ppl_models.networks.time_embedding import TimeEmbedding
@@ -30,10 +32,12 @@ class TransformerDenoiser(Denoiser):
         width: d, a multiple of ``heads``.
         layers: number of encoder layers.
         heads: attention heads in each.
+        neighbours: positions that C sees, an odd number; None leaves it out.
         time_conditioned: False leaves t out. Absorbing diffusion can do without it: the number of masked positions tells t.
 
     Raises:
-        ValueError: a width that the heads do not divide, fewer than one layer or head, or what the base class refuses.
+        ValueError: a width that the heads do not divide, fewer than one layer or head, an even number of neighbours, or what
+            the base class refuses.
 
     Example:
         >>> network = TransformerDenoiser((16,), num_classes=27, width=32, layers=1)
@@ -49,17 +53,24 @@ class TransformerDenoiser(Denoiser):
         layers: int = 4,
         heads: int = 4,
         time_conditioned: bool = True,
+        neighbours: int | None = 7,
     ) -> None:
         super().__init__(data_shape, num_classes)
         if layers < 1 or heads < 1 or width < 1 or width % heads:
             raise ValueError(
                 f"expected layers, heads >= 1 and a width that heads divide, got layers={layers}, heads={heads}, width={width}"
             )
+        if neighbours is not None and (neighbours < 1 or neighbours % 2 == 0):
+            raise ValueError(f"expected an odd number of neighbours, or None for no convolution, got {neighbours}")
         self.width = width
         self.heads = heads
+        self.neighbours = neighbours
         self.token = nn.Embedding(num_classes, width)
         self.place = nn.Parameter(_INITIAL_SCALE * torch.randn(self.size, width))
         self.time = TimeEmbedding(width) if time_conditioned else None
+        self.convolution = (
+            None if neighbours is None else nn.Conv1d(width, width, neighbours, padding=neighbours // 2)
+        )
         self.layers = nn.ModuleList(  # not nn.TransformerEncoder, whose layers all start as copies of one
             nn.TransformerEncoderLayer(
                 width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -78,6 +89,8 @@ class TransformerDenoiser(Denoiser):
         h = self.token(x_t.reshape(-1, self.size)) + self.place
         if self.time is not None:
             h = h + self.time(t).expand(*batch, -1).reshape(-1, 1, self.width)
+        if self.convolution is not None:
+            h = h + gelu(self.convolution(h.mT).mT)
         for layer in self.layers:
             h = layer(h)
         return self.last(h).reshape(*batch, *self.data_shape, self.outputs)
@@ -91,4 +104,5 @@ class TransformerDenoiser(Denoiser):
             "layers": len(self.layers),
             "heads": self.heads,
             "time_conditioned": self.time is not None,
+            "neighbours": self.neighbours,
         }

@@ -23,6 +23,7 @@ NETWORKS = {
     "transformer": lambda: TransformerDenoiser((7,), num_classes=5, width=16, layers=2, heads=2),
     "transformer-image": lambda: TransformerDenoiser((3, 3), num_classes=4, width=8, layers=1, heads=2),
     "transformer-no-time": lambda: TransformerDenoiser((7,), 5, width=16, layers=2, heads=2, time_conditioned=False),
+    "transformer-attention-alone": lambda: TransformerDenoiser((7,), 5, width=16, layers=1, heads=2, neighbours=None),
 }
 
 
@@ -145,6 +146,7 @@ REFUSED = [
     (lambda: UNet((8, 8), blocks=0), "blocks >= 1"),
     (lambda: TransformerDenoiser((4,), 5, width=10, heads=4), "width that heads divide"),
     (lambda: TransformerDenoiser((4,), 5, layers=0), "layers, heads >= 1"),
+    (lambda: TransformerDenoiser((4,), 5, neighbours=4), "an odd number of neighbours, or None for no convolution, got 4"),
     (lambda: ResidualMLP((4,))(torch.zeros(2, 5), torch.tensor(1)), r"\[\*batch, 4\], got \[2, 5\]"),
     (lambda: UNet((8, 8))(torch.zeros(8, 9), torch.tensor(1)), r"\[\*batch, 8, 8\], got \[8, 9\]"),
 ]

@@ -84,7 +84,7 @@ def test_unet_reaches_across_the_image_and_back_to_its_size():
 
 
 def test_transformer_sees_both_sides_and_knows_places():
-    network = TransformerDenoiser((6,), num_classes=4, width=8, layers=1, heads=2)
+    network = TransformerDenoiser((6,), num_classes=4, width=8, layers=1, heads=2, neighbours=None)
     network.last[1].weight.data.normal_()
     x, t = torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor(1)
     out = network(x, t)
@@ -96,6 +96,19 @@ def test_transformer_sees_both_sides_and_knows_places():
     assert not torch.allclose(network(x[order], t), out[order])
     network.place.data.zero_()  # without places it is equivariant
     assert torch.allclose(network(x[order], t), network(x, t)[order])
+
+
+def test_convolution_of_the_transformer_sees_neighbours_in_order_and_no_further():
+    network = TransformerDenoiser((9,), num_classes=4, width=8, layers=1, heads=2, neighbours=5)
+    network.last[1].weight.data.normal_()
+    network.layers = torch.nn.ModuleList()
+    network.place.data.zero_()
+    x, t = torch.tensor([0, 1, 2, 3, 0, 1, 3, 2, 0]), torch.tensor(1)
+    y = x.clone()
+    y[4] = 2
+    changed = (network(x, t) != network(y, t)).any(-1)
+    assert changed.tolist() == [False, False, True, True, True, True, True, False, False]
+    assert not torch.allclose(network(x.flip(0), t), network(x, t).flip(0))  # twin: what is left is not what is right
 
 
 def test_transformer_layers_start_different():
