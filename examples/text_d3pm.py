@@ -193,7 +193,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-timesteps", type=int, default=64)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--num-curve", type=int, default=200, help="held-out windows for the terms by t")
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--device", default="auto")

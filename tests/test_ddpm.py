@@ -497,3 +497,20 @@ def test_construction_leaves_the_networks_mode_and_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert ddpm_.network.training
     assert not ddpm_.network.inner.training
+
+
+def test_a_preset_chooses_schedule_and_network_by_the_data():
+    """The noise of x_1 is the same share of the step between two levels, whatever their number."""
+    for levels in (2, 17, 256):
+        schedule = DDPM.preset((4,), DiscretizedNormal(levels=levels), 21).process.schedule
+        noise = float((schedule.beta[0] / (1 - schedule.beta[0])).sqrt())
+        assert noise / (2 / (levels - 1)) == pytest.approx(math.exp(-7.8 / 2) / (2 / 16), rel=1e-9)
+    chosen = [DDPM.preset(shape, DiscretizedNormal(levels=levels), 21).network for shape, levels in SHAPES_AND_LEVELS]
+    assert [type(network).__name__ for network in chosen] == ["GridDenoiser", "ResidualMLP", "UNet", "ResidualMLP"]
+    stated = DDPM.preset((28, 28), DiscretizedNormal(levels=256), 21, network="mlp", hidden=24, blocks=2).network
+    assert (stated.config()["hidden"], stated.config()["blocks"]) == (24, 2)
+    with pytest.raises(ValueError, match="hidden"):
+        DDPM.preset((4,), DiscretizedNormal(levels=256), 21, hidden=0)
+
+
+SHAPES_AND_LEVELS = [((28, 28), 17), ((8, 8), 256), ((3, 28, 28), 256), ((200,), 256)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -78,6 +78,12 @@ class TrainConfig(BaseModel):
     )
     checkpoint_seconds: float = Field(60.0, ge=0, description="seconds between checkpoints, besides the last")
     tensorboard: bool = Field(False, description="also write metrics for TensorBoard (an extra)")
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> Any:
+        """YAML reads on and off, without quotes, as true and false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

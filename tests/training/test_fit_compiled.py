@@ -5,7 +5,7 @@ import torch
 
 from inference import ConfigError, fit
 from inference.training import stepping
-from inference.training.config import TrainConfig
+from inference.training.config import TrainConfig, make_config
 from inference.training.stepping import CPU_STEPS, CUDA_STEPS, Stepper
 from inference.training.trainer import Trainer
 from ppl_models import DDPM, VAE, LinearGaussian
@@ -92,3 +92,10 @@ def test_what_cannot_be_compiled_is_refused_under_on_and_said_under_auto(monkeyp
     run = fit(pair, x, epochs=1, batch_size=16)
     assert len(run.metrics) == 1
     assert "training uncompiled" in capsys.readouterr().err
+
+
+def test_on_and_off_may_be_written_as_yaml_reads_them():
+    """--set compile=off comes as false."""
+    assert [make_config({"compile": value}).compile for value in (True, False, "auto")] == ["on", "off", "auto"]
+    with pytest.raises(ConfigError, match="compile: input should be 'auto', 'on' or 'off', got 'never'"):
+        make_config({"compile": "never"})
