@@ -12,13 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from inference import load_data
-from inference.training.discrete_objective import (
-    EnumeratedLoss,
-    GumbelSoftmaxLoss,
-    ScoreFunctionLoss,
-    StraightThroughLoss,
-)
+from inference import EnumeratedLoss, GumbelSoftmaxLoss, ScoreFunctionLoss, StraightThroughLoss, load_data
 from inference.views.drawing import BLUE, GREEN, VERMILION, save_figure, style
 from inference.views.tables import text_table
 from ppl_models import CategoricalVAE

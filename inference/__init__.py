@@ -35,16 +35,12 @@ if TYPE_CHECKING:
     from inference.training.config import ConfigError, TrainConfig
     from inference.training.datasets import DataError, DataSet, as_dataset, load_data
     from inference.training.diffusion_objective import DiffusionLoss
-    from inference.training.discrete_objective import (
-        EnumeratedLoss,
-        GumbelSoftmaxLoss,
-        ScoreFunctionLoss,
-        StraightThroughLoss,
-    )
+    from inference.training.discrete_objective import EnumeratedLoss, ScoreFunctionLoss
     from inference.training.divergence import TrainingDiverged
     from inference.training.importance_objective import ImportanceWeightedLoss
     from inference.training.loop import fit
     from inference.training.objectives import ElboLoss
+    from inference.training.relaxed_objective import GumbelSoftmaxLoss, StraightThroughLoss
     from inference.training.runs import Run, RunError, load_run
     from inference.training.traceability import NotTraceableError
     from inference.views.progressive import draw_progressive, progressive
@@ -74,7 +70,7 @@ _HOMES = {
     "GoldStandardError": "inference.nuts",
     "GradientVariance": "inference.bounds.gradient_variance",
     "GuideComparison": "inference.nuts",
-    "GumbelSoftmaxLoss": "inference.training.discrete_objective",
+    "GumbelSoftmaxLoss": "inference.training.relaxed_objective",
     "ImportanceWeightedLoss": "inference.training.importance_objective",
     "InferenceGap": "inference.bounds.gaps",
     "Ladder": "inference.bounds.ladder",
@@ -86,7 +82,7 @@ _HOMES = {
     "RunError": "inference.training.runs",
     "ScoreFunctionLoss": "inference.training.discrete_objective",
     "SiteTerm": "inference.bounds",
-    "StraightThroughLoss": "inference.training.discrete_objective",
+    "StraightThroughLoss": "inference.training.relaxed_objective",
     "TotalError": "inference.bounds.total_error",
     "TrainConfig": "inference.training.config",
     "TrainingDiverged": "inference.training.divergence",

@@ -18,13 +18,15 @@ clips the x_0 that the network stands for: that would be another model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from ppl_models.diffusion import Diffusion
 from ppl_models.likelihoods import DiscretizedNormal, Likelihood, LocationScale
@@ -127,8 +129,8 @@ class DDPM(Diffusion):
             data_shape: shape of one datum.
             likelihood: of x_0 given x_1, see the class.
             num_timesteps: T.
-            schedule: "geometric", "cosine" or "linear", see :class:`ppl_models.processes.NoiseSchedule`. The geometric one begins
-                where the noise of x_1 is 0.16 of the step between two levels: log SNR 7.8 for 17 levels, 13.3 for 256.
+            schedule: "geometric", "cosine" or "linear", see :class:`ppl_models.processes.NoiseSchedule`. The geometric one
+                begins where the noise of x_1 is 0.16 of the step between two levels: log SNR 7.8 for 17 levels, 13.3 for 256.
             network: "mlp" for vectors and small images, "unet" for images, "grid" for small images of few levels, see
                 :class:`ppl_models.networks.grid_denoiser.GridDenoiser`; "auto": "grid" where the likelihood has at most 32
                 levels and the prediction and variance are those that it needs, else "unet" for images from 16x16, else "mlp".
@@ -183,10 +185,14 @@ class DDPM(Diffusion):
 
     def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         r"""\|mu - mu-tilde\|^2 / (2 sigma_t^2) + (D/2)(r - 1 - log r), r = beta-tilde_t / sigma_t^2; see the base class."""
-        error = self.mean(output, x_t, t) - self.process.posterior_mean(x_t, x_0, t)
-        scale = self.scale(output, x_t, t)
-        ratio = (self.process.coefficient("sqrt_posterior_variance", t, x_t) / scale).square()
-        return 0.5 * sum_rightmost((error / scale).square() + (ratio - 1 - ratio.log()), len(self.data_shape))
+        n, c = len(self.data_shape), partial(self.process.coefficient, t=t, like=x_t)
+        error, scale = self._squared_error(output, x_0, x_t, t), self.scale(output, x_t, t)
+        ratio = (c("sqrt_posterior_variance") / scale).square()
+        gain, excess = (self._gain(c) / scale).square(), ratio - 1 - ratio.log()
+        if self.variance == "learned":
+            return 0.5 * sum_rightmost(torch.addcmul(excess, gain, error), n)
+        gain, excess = gain.reshape(t.shape), excess.reshape(t.shape)  # one for all dimensions
+        return 0.5 * torch.addcmul(self.data_shape.numel() * excess, gain, sum_rightmost(error, n))
 
     def reconstruction_law(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """likelihood(mu(x_1, 1)), its scale sigma_1 unless it states its own; see the base class."""
@@ -244,9 +250,37 @@ class DDPM(Diffusion):
 
     def auxiliary_loss(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         r"""\|eps - eps_theta(x_t, t)\|^2, the loss L_simple of notes 003 (arXiv:2006.11239, eq. 14), ``[*batch]``."""
-        c = partial(self.process.coefficient, t=t, like=x_t)
-        eps = (x_t - c("sqrt_alpha_bar") * x_0) / c("sqrt_marginal_variance")
-        return sum_rightmost((eps - self.predict_eps(output, x_t, t)).square(), len(self.data_shape))
+        n, c = len(self.data_shape), partial(self.process.coefficient, t=t, like=x_t)
+        error = sum_rightmost(self._squared_error(output, x_0, x_t, t), n)
+        match self.predict:
+            case "eps":
+                return error
+            case "x_0":
+                factor = c("snr")
+            case _:
+                factor = c("alpha") * c("marginal_variance") / c("beta").square()
+        return factor.reshape(t.shape) * error
+
+    def _squared_error(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """(prediction - what a perfect network returns)^2 in each dimension."""
+        prediction, c = self._prediction(output), partial(self.process.coefficient, t=t, like=x_t)
+        match self.predict:
+            case "eps":
+                target = torch.addcmul(x_t, c("sqrt_alpha_bar"), x_0, value=-1) / c("sqrt_marginal_variance")
+            case "x_0":
+                target = x_0.expand(x_t.shape)
+            case _:
+                target = self.process.posterior_mean(x_t, x_0, t)
+        return mse_loss(prediction.to(target.dtype), target, reduction="none")  # one pass, and one backwards
+
+    def _gain(self, c: Callable[[str], Tensor]) -> Tensor:
+        """How far mu moves with the prediction."""
+        match self.predict:
+            case "eps":
+                return -c("beta") / (c("sqrt_marginal_variance") * c("sqrt_alpha"))
+            case "x_0":
+                return c("posterior_weight_x_0")
+        return c("beta").new_ones(())
 
     def check_data(self, x: Tensor, name: str = "x") -> None:
         """Refuses data that the likelihood gives no probability to; see the base class."""

@@ -7,7 +7,7 @@
 
 The chain of the hierarchical VAE with L = 1 and categories in place of Gaussians. Site ``z`` holds M one-hot rows,
 ``[B, M, K]`` floats, so that the same decoder takes a relaxed z; site ``x`` the data. The prior is fixed at the uniform
-one. Draws of z carry no gradient: train with :mod:`inference.training.discrete_objective`, or with
+one. Draws of z carry no gradient: train with :mod:`inference.training.gradient_estimators`, or with
 ``pyro.infer.TraceEnum_ELBO`` and ``config_enumerate``, which sums over all K^M values of ``z``.
 
 The one constraint: enumeration, and with it the exact evidence, needs K^M <= 65,536.

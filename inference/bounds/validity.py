@@ -90,6 +90,11 @@ class ClosedForms:
     reasons: dict[str, str] = field(default_factory=dict)
     structure_may_change: bool = False
 
+    @property
+    def certain(self) -> dict[str, Exact]:
+        """Closed forms that hold in every draw: none where the structure depends on the draw."""
+        return {} if self.structure_may_change else self.exact
+
     def refuse(self, name: str, reason: str) -> None:
         """Takes a site's closed form away, or its conditional entropy if it has no whole one."""
         if name in self.entropies and name not in self.exact:

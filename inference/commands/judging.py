@@ -172,7 +172,7 @@ def evidence_record(estimate: Evidence) -> dict[str, Any]:
 
 def _bound(d: DiffusionDecomposition, words: str, seed: int, path: Path, *, force: bool) -> None:
     """Prints and keeps a diffusion's ELBO in place of its evidence."""
-    from inference.commands.looking import by_t_record
+    from inference.commands.records import by_t_record
 
     elbo, error = float(d.elbo.mean()), d.mean_std_error
     print(

@@ -63,7 +63,9 @@ def pair_arguments(name: str, options: TrainOptions) -> dict[str, Any]:
 
 
 def _checked(key: str, kind: Any, value: Any) -> Any:
-    if isinstance(value, tuple) and len(value) == 1 and kind in (int, int | None):  # a width that --hidden reads as a list of one
+    if (
+        isinstance(value, tuple) and len(value) == 1 and kind in (int, int | None)
+    ):  # a width that --hidden reads as a list of one
         value = value[0]
     value = list(value) if isinstance(value, tuple) else value  # as a YAML file has it
     try:

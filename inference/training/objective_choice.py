@@ -20,9 +20,11 @@ from torch import Tensor
 
 from inference.training.config import ConfigError, TrainConfig
 from inference.training.diffusion_objective import DiffusionLoss
-from inference.training.discrete_objective import Annealing, EnumeratedLoss, ScoreFunctionLoss, training_loss
+from inference.training.discrete_objective import EnumeratedLoss, ScoreFunctionLoss
+from inference.training.gradient_estimators import training_loss
 from inference.training.importance_objective import ImportanceWeightedLoss
 from inference.training.objectives import ElboLoss
+from inference.training.relaxed_objective import Annealing
 from ppl_models.diffusion import Diffusion
 from ppl_models.pair import ModelGuidePair
 

@@ -22,7 +22,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from inference.bounds.closed_forms import site_divergence
-from inference.bounds.particles import forked_rng, make_plan
+from inference.bounds.particles import Plan, forked_rng, make_plan
 from inference.bounds.sites import PairError, Site, is_deterministic
 from inference.bounds.validity import ClosedForms, find_closed_forms
 from ppl_models.pair import ModelGuidePair
@@ -137,8 +137,8 @@ class ElboLoss(nn.Module):
             term = term.expand(self.num_particles, *[1] * (self.nesting - term.dim()), *term.shape)
         return term.sum(list(range(1, term.dim() - 1))) if term.dim() > 2 else term
 
-    def _prepare(self, x: Tensor) -> None:
-        """Checks the pair and decides which sites have a valid closed form.
+    def _examine(self, x: Tensor) -> tuple[Plan, ClosedForms]:
+        """One draw of both programs, and which sites have a valid closed form there.
 
         The caller's random state and the networks' running statistics are left as they were: a resumed run prepares at
         another step than the first did, and must go on the same all the same.
@@ -148,12 +148,15 @@ class ElboLoss(nn.Module):
         try:
             with torch.no_grad(), forked_rng():
                 plan = make_plan(self.pair.model, self.pair.guide, (x,), {}, vectorize=False)
-                found = find_closed_forms(plan) if self.closed_form else ClosedForms()
+                return plan, find_closed_forms(plan) if self.closed_form else ClosedForms()
         finally:
             for module, mode in modes:
                 module.training = mode
-        # What holds in this draw must hold in all: a pair whose structure depends on a draw has every term drawn.
-        closed = {} if found.structure_may_change else found.exact
+
+    def _prepare(self, x: Tensor) -> None:
+        """Checks the pair and decides which closed forms are terms."""
+        plan, found = self._examine(x)
+        closed = found.certain
         model, guide = (
             {name: site for name, site in sites.items() if not is_deterministic(site)}
             for sites in (plan.prototype.model, plan.prototype.guide)

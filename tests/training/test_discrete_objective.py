@@ -13,17 +13,11 @@ from torch.func import functional_call
 
 from inference.bounds.gradient_variance import gradient_variance
 from inference.bounds.sites import PairError
-from inference.training.discrete_objective import (
-    ESTIMATORS,
-    Annealing,
-    EnumeratedLoss,
-    GumbelSoftmaxLoss,
-    ScoreFunctionLoss,
-    StraightThroughLoss,
-    training_loss,
-)
+from inference.training.discrete_objective import EnumeratedLoss, ScoreFunctionLoss
 from inference.training.evaluation import evaluate
+from inference.training.gradient_estimators import ESTIMATORS, training_loss
 from inference.training.objectives import ElboLoss, sum_terms
+from inference.training.relaxed_objective import Annealing, GumbelSoftmaxLoss, StraightThroughLoss
 from ppl_models import LinearGaussian, ModelGuidePair
 from ppl_models.discrete_vae import CategoricalVAE, TooManyStatesError
 from ppl_models.likelihoods import Bernoulli
