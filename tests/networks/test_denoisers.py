@@ -146,7 +146,10 @@ REFUSED = [
     (lambda: UNet((8, 8), blocks=0), "blocks >= 1"),
     (lambda: TransformerDenoiser((4,), 5, width=10, heads=4), "width that heads divide"),
     (lambda: TransformerDenoiser((4,), 5, layers=0), "layers, heads >= 1"),
-    (lambda: TransformerDenoiser((4,), 5, neighbours=4), "an odd number of neighbours, or None for no convolution, got 4"),
+    (
+        lambda: TransformerDenoiser((4,), 5, neighbours=4),
+        "an odd number of neighbours, or None for no convolution, got 4",
+    ),
     (lambda: ResidualMLP((4,))(torch.zeros(2, 5), torch.tensor(1)), r"\[\*batch, 4\], got \[2, 5\]"),
     (lambda: UNet((8, 8))(torch.zeros(8, 9), torch.tensor(1)), r"\[\*batch, 8, 8\], got \[8, 9\]"),
 ]
