@@ -8,6 +8,7 @@
     npz:FILE, quantised   bernoulli for two levels, else discretized_normal            16 for images, else 2
     npz:FILE, continuous  must be stated
     text:FILE             categorical, a class a character classes      none            16
+    hf:NAME               as images:FOLDER for a column of images, else as npz:FILE
 
 A DDPM has discretized_normal for all data with levels and normal for others, with the variance of its own last step; a D3PM
 has categorical, and on text a transformer unless another network is stated.
@@ -122,6 +123,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _absolute(spec: str) -> str:
     reader, sign, place = spec.partition(":")
+    if reader == "hf" and not Path(place).is_dir():  # a name on the hub
+        return spec
     return f"{reader}:{Path(place).expanduser().absolute()}" if sign and place else spec
 
 

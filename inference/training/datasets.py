@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from inference.training.batches import epoch_order, iterate, num_batches
 from inference.training.densities import TOY_DENSITIES, log_density
+from inference.training.hugging_face import read_hugging_face
 from inference.training.items import FIRST_ITEMS, Items, first_entry, num_items
 from inference.training.scaling import (
     BINARIZATIONS,
@@ -168,7 +169,7 @@ def load_data(
 
     Args:
         spec: one of `list_data()`: "digits", a toy density, "mnist:FOLDER", "npz:FILE", "images:FOLDER", "text:FILE" or
-            "text:FILE@L", in windows of L characters.
+            "text:FILE@L", in windows of L characters, "hf:NAME" or "hf:NAME@CONFIG".
         scaling: of quantised data; None: "none", counts 0..levels-1 as floating point numbers. Continuous data are
             never changed: "none" for toy densities; for floats in an npz file a statement that is checked, as in
             `as_dataset`. Characters are "classes".
@@ -192,6 +193,7 @@ def load_data(
         "npz": read_npz,
         "images": lambda folder: read_images(folder, image_size),
         "text": lambda file: read_text(file, alphabet),
+        "hf": lambda place: read_hugging_face(str(place)),
     }
     if image_size is not None and reader != "images":
         raise DataError(f"image_size: expected only with images:FOLDER, got it with {spec!r}; leave it out")
@@ -286,6 +288,7 @@ def list_data() -> list[dict[str, Any]]:
     folder = "png and jpg files, or train/ and test/ with them (needs ppl-models[images])"
     arrays = "numpy arrays: train; optionally test, train_labels, test_labels, levels"
     text = f"the characters of a UTF-8 text, in windows of {WINDOW}; of L with text:FILE@L"
+    hub = "a data set of the Hugging Face hub; a configuration of it with hf:NAME@CONFIG (needs ppl-models[hf])"
     entries = [
         ("digits", "scikit-learn's handwritten digits", "image", [8, 8], 1500, 297, 17),
         *toys,
@@ -301,6 +304,7 @@ def list_data() -> list[dict[str, Any]]:
         ("npz:FILE", arrays, None, None, None, None, None),
         ("images:FOLDER", folder, "image", None, None, None, 256),
         ("text:FILE", text, "text", None, None, None, None),
+        ("hf:NAME", hub, None, None, None, None, None),
     ]
     rows: list[dict[str, Any]] = [dict(zip(columns, entry, strict=True)) for entry in entries]
     for row in rows:
