@@ -253,17 +253,17 @@ class _Chain:
             if self.clip is not None and i > 1:
                 x_0 = self.pair.predict_x_0(output, x_t, t)
                 clipped[fine] = (x_0 != x_0.clamp(*self.clip)).double().mean()
-            x_t = self._down(output, x_t, t) if i > 1 else self._last(output, x_t, t)
+            x_t = self._down(output, x_t, t, i) if i > 1 else self._last(output, x_t, t)
             progress.advance()
         if 0 in self.keep:
             states[0] = x_t
         shares = {step: float(share) for step, share in clipped.items()}
         return Trajectory(x_t, states, predictions, self.timesteps[::-1], self.eta, self.clip, shares)
 
-    def _down(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_{t-1} given x_t, t >= 2."""
+    def _down(self, output: Tensor, x_t: Tensor, t: Tensor, i: int) -> Tensor:
+        """x_{t-1} given x_t, t >= 2; i is t as a number."""
         if self.eta == 1 and self.clip is None:
-            return self.pair.reverse_law(output, x_t, t)()
+            return self.pair.draw_previous(output, x_t, i)
         process: Any = self.pair.process
         x_0 = self.pair.predict_x_0(output, x_t, t)
         if self.clip is not None:

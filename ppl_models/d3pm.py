@@ -29,7 +29,6 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from ppl_models.data_checks import refuse_other_than_tensor, refuse_where
 from ppl_models.diffusion import Diffusion
@@ -42,15 +41,14 @@ from ppl_models.networks.unet import UNet
 from ppl_models.processes.categorical import CategoricalProcess
 from ppl_models.processes.class_law import ClassLaw
 from ppl_models.processes.dense_transitions import discretized_gaussian
-from ppl_models.processes.structured_transitions import AbsorbingTransitions, absorbing, uniform
+from ppl_models.processes.structured_transitions import AbsorbingTransitions, UniformTransitions, absorbing, uniform
 from ppl_models.processes.transitions import Transitions
 from ppl_models.registry import describe
+from ppl_models.truncated_logistic import TruncatedLogistic, logistic_logits
 
 __all__ = ["D3PM", "logistic_logits"]
 
 Output = Literal["logits", "logistic"]
-
-_SCALE_SHIFT = 2.0  # so that a network that returns zero means a scale of e^-2 on [-1, 1], neither a spike nor flat
 
 
 class D3PM(Diffusion):
@@ -59,7 +57,7 @@ class D3PM(Diffusion):
     Args:
         network: ``network(x_t, t)``, x_t int64 ``[..., *data_shape]`` and t int64 in 1..T of shape ``[...]`` -> logits of
             x_0, ``[..., *data_shape, K]``; the mask's logit, where there is a mask, is not used. With
-            ``output="logistic"`` -> ``[..., *data_shape, 2]``, see :func:`logistic_logits`.
+            ``output="logistic"`` -> ``[..., *data_shape, 2]``, see :mod:`ppl_models.truncated_logistic`.
         transitions: Q_1..Q_T over K states; see :mod:`ppl_models.processes`.
         data_shape: shape of one datum.
         num_classes: K, as the transitions have it: the mask included.
@@ -162,10 +160,7 @@ class D3PM(Diffusion):
             output: the network's, ``[*batch, *output_shape]``.
             x_t: ``[*batch, *data_shape]``.
         """
-        logits = output.to(torch.promote_types(output.dtype, self.process.transitions.dtype))
-        if self.output == "logistic":
-            logits = logistic_logits(logits, x_t, self.num_classes)
-        return self.process.transitions.restrict(logits, x_t)
+        return self.process.transitions.restrict(self._logits(output, x_t), x_t)
 
     def reverse_law(self, output: Tensor, x_t: Tensor, t: Tensor) -> dist.TorchDistribution:
         """Cat(prop. to sum_{x_0} q(x_{t-1}, x_t | x_0) p(x_0 | x_t)) (eq. 4); see the base class."""
@@ -174,7 +169,14 @@ class D3PM(Diffusion):
 
     def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """See the base class; the laws themselves, K numbers for each entry, are made only where the transitions need them."""
-        return self.process.step_divergence(x_t, x_0, self.x_0_logits(output, x_t), t)
+        return self.step_losses(output, x_0, x_t, t)[0]
+
+    def step_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base class; from one normalisation of p(x_0 | x_t)."""
+        above = t.clamp(min=2)
+        if self.output == "logistic" and isinstance(self.process.transitions, UniformTransitions):
+            return self._uniform_losses(self._law(output, x_t), x_0, x_t, above)
+        return self.process.step_losses(x_t, x_0, self._logits(output, x_t), above)
 
     def reconstruction_law(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """p(x_0 | x_1) itself; see the base class."""
@@ -187,8 +189,11 @@ class D3PM(Diffusion):
 
     def auxiliary_loss(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """-log p(x_0 | x_t), ``[*batch]`` nats: what the hybrid loss adds lambda times (eq. 5)."""
-        log_p = self.x_0_logits(output, x_t).log_softmax(-1)
-        return -sum_rightmost(log_p.gather(-1, x_0.expand(x_t.shape)[..., None])[..., 0], len(self.data_shape))
+        if self.output == "logistic":
+            surprisal = -self._law(output, x_t).log_prob(x_0)
+        else:
+            surprisal = self.process.transitions.surprisal(x_t, x_0, self._logits(output, x_t))
+        return sum_rightmost(surprisal, len(self.data_shape))
 
     def masked_term(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """w_t sum_{i : x_t^i = m} -log p(x_0^i | x_t), ``[*batch]`` nats: L_{t-1} of absorbing transitions at one draw of x_t.
@@ -220,6 +225,27 @@ class D3PM(Diffusion):
         remedy = "raise num_classes or relabel the data"
         refuse_where(x, (x < 0) | (x > last), name, f"class indices in 0..{last}{masked}", remedy)
 
+    def _logits(self, output: Tensor, x_t: Tensor) -> Tensor:
+        """Logits of all x_0, those among them that x_t excludes."""
+        return self._law(output, x_t).logits() if self.output == "logistic" else self._widened(output)
+
+    def _law(self, output: Tensor, x_t: Tensor) -> TruncatedLogistic:
+        """p(x_0 | x_t) of a logistic output."""
+        return TruncatedLogistic(self._widened(output), x_t, self.num_classes)
+
+    def _widened(self, output: Tensor) -> Tensor:
+        return output.to(torch.promote_types(output.dtype, self.process.transitions.dtype))
+
+    def _uniform_losses(self, law: TruncatedLogistic, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`step_losses` of uniform transitions, for which the classes' probabilities are all that is needed K times."""
+        transitions, n = self.process.transitions, len(self.data_shape)
+        assert isinstance(transitions, UniformTransitions)
+        steps = t.reshape((*t.shape, *[1] * n))
+        total = law.sum_log1p(transitions.log_odds(steps).to(law.mean.dtype))
+        log_p_0 = law.log_prob(x_0)
+        divergence = transitions.divergence_of(x_t, x_0, total, law.log_prob(x_t), log_p_0, steps)
+        return sum_rightmost(divergence, n), -sum_rightmost(log_p_0, n)
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments as nested descriptions; see :func:`ppl_models.registry.describe`."""
         return {
@@ -229,37 +255,6 @@ class D3PM(Diffusion):
             "num_classes": self.num_classes,
             "output": self.output,
         }
-
-
-def logistic_logits(parameters: Tensor, x_t: Tensor, num_classes: int) -> Tensor:
-    r"""Logits of a logistic law, cut to [-1 - h, 1 + h] and rounded to K evenly spaced values (arXiv:2107.03006, A.8).
-
-    With v_k = -1 + 2k/(K - 1), h = 1/(K - 1), mu = tanh(location + v_{x_t}) and s = exp(log-scale - 2):
-
-        p(k) prop. to sigmoid((v_k + h - mu)/s) - sigmoid((v_k - h - mu)/s)
-             =        sigmoid((v_k + h - mu)/s) sigmoid(-(v_k - h - mu)/s) (1 - e^(-2h/s))
-
-    whose last factor is the same for all k: what is left is a product, exact however far in the tails, without the epsilon
-    that a difference needs.
-
-    Args:
-        parameters: (location, log-scale) on the last axis, ``[*x.shape, 2]``.
-        x_t: int64 in 0..K-1.
-        num_classes: K.
-
-    Returns:
-        ``[*x.shape, K]``, unnormalised.
-
-    Example:
-        >>> logistic_logits(torch.zeros(1, 2), torch.tensor([1]), 3).softmax(-1)
-        tensor([[0.0242, 0.9515, 0.0242]])
-    """
-    location, log_scale = parameters[..., :1], parameters[..., 1:]
-    half = 1 / (num_classes - 1)
-    values = 2 * half * torch.arange(num_classes, dtype=parameters.dtype, device=parameters.device) - 1
-    offset = values - torch.tanh(location + values[x_t][..., None])
-    precision = (_SCALE_SHIFT - log_scale).exp()
-    return logsigmoid((offset + half) * precision) + logsigmoid(-(offset - half) * precision)
 
 
 def _denoiser(

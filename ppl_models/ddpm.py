@@ -194,6 +194,21 @@ class DDPM(Diffusion):
         gain, excess = gain.reshape(t.shape), excess.reshape(t.shape)  # one for all dimensions
         return 0.5 * torch.addcmul(self.data_shape.numel() * excess, gain, sum_rightmost(error, n))
 
+    def draw_previous(self, output: Tensor, x_t: Tensor, t: int) -> Tensor:
+        """mu(x_t, t) + sigma_t z, its coefficients numbers; see the base class."""
+        if self.variance == "learned":
+            return super().draw_previous(output, x_t, t)
+        prediction, c = self._prediction(output), partial(self.process.number, t=t)
+        dtype = torch.promote_types(x_t.dtype, prediction.dtype)
+        std = c("sqrt_beta") if self.variance == "beta" else c("sqrt_posterior_variance")
+        x = torch.empty(x_t.shape, dtype=dtype, device=x_t.device).normal_(0, std)
+        match self.predict:
+            case "eps":
+                x.add_(x_t, alpha=1 / c("sqrt_alpha"))
+            case "x_0":
+                x.add_(x_t, alpha=c("posterior_weight_x_t"))
+        return x.add_(prediction, alpha=self._gain(c))
+
     def reconstruction_law(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """likelihood(mu(x_1, 1)), its scale sigma_1 unless it states its own; see the base class."""
         t = self._time(1, x_1)
@@ -273,14 +288,14 @@ class DDPM(Diffusion):
                 target = self.process.posterior_mean(x_t, x_0, t)
         return mse_loss(prediction.to(target.dtype), target, reduction="none")  # one pass, and one backwards
 
-    def _gain(self, c: Callable[[str], Tensor]) -> Tensor:
-        """How far mu moves with the prediction."""
+    def _gain(self, c: Callable[[str], Any]) -> Any:
+        """How far mu moves with the prediction, from what gives the coefficients."""
         match self.predict:
             case "eps":
                 return -c("beta") / (c("sqrt_marginal_variance") * c("sqrt_alpha"))
             case "x_0":
                 return c("posterior_weight_x_0")
-        return c("beta").new_ones(())
+        return 1.0
 
     def check_data(self, x: Tensor, name: str = "x") -> None:
         """Refuses data that the likelihood gives no probability to; see the base class."""

@@ -31,6 +31,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from ppl_models.networks.denoiser import Denoiser
 from ppl_models.pair import ModelGuidePair
 
 __all__ = ["Diffusion", "Process", "where"]
@@ -68,9 +69,9 @@ class Diffusion(ModelGuidePair, ABC):
     """A diffusion model: a process q that is given, and a network that is trained to run it backwards.
 
     Subclasses say what the network's output means: :meth:`reverse_law`, :meth:`reconstruction_law`,
-    :meth:`predict_x_0` and :meth:`auxiliary_loss`. The programs are here, once for all of them. A :meth:`step_divergence`
-    of fewer operations belongs to the reverse law that it was made for: a subclass with another law goes back to the KL
-    of the two laws.
+    :meth:`predict_x_0` and :meth:`auxiliary_loss`. The programs are here, once for all of them. A :meth:`step_divergence`,
+    :meth:`step_losses` or :meth:`draw_previous` of fewer operations belongs to the reverse law that it was made for: a
+    subclass with another law goes back to those of the laws themselves.
 
     Args:
         network: ``network(x_t, t)``, x_t ``[..., *data_shape]`` and t int64 in 1..T of shape ``[...]`` -> output
@@ -100,8 +101,9 @@ class Diffusion(ModelGuidePair, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "reverse_law" in vars(cls) and "step_divergence" not in vars(cls):
-            cls.step_divergence = Diffusion.step_divergence  # type: ignore[method-assign]
+        if "reverse_law" in vars(cls):
+            for name in {"step_divergence", "step_losses", "draw_previous"} - vars(cls).keys():
+                setattr(cls, name, getattr(Diffusion, name))
 
     @property
     def num_timesteps(self) -> int:
@@ -135,12 +137,29 @@ class Diffusion(ModelGuidePair, ABC):
         self.announce("network")
 
     def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's output at (x_t, t), ``[*batch, *output_shape]``; t is spread over the batch first."""
+        """The network's output at (x_t, t), ``[*batch, *output_shape]``.
+
+        t is spread over the batch first, but for the library's denoisers, which embed a t that data share only once.
+        """
+        if isinstance(self.network, Denoiser):
+            return self.network(x_t, t)
         return self.network(x_t, t.expand(x_t.shape[: x_t.dim() - len(self.data_shape)]))
 
     def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), ``[*batch]`` nats, from the network's output at (x_t, t), t >= 2."""
         return kl_divergence(self.process.posterior(x_t, x_0, t), self.reverse_law(output, x_t, t))
+
+    def step_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`step_divergence` and :meth:`auxiliary_loss` of one draw, ``[*batch]`` each; t in 1..T, with T >= 2.
+
+        At t = 1, where there is no such divergence, it is that of another step: not to be used, but finite.
+        """
+        divergence = self.step_divergence(output, x_0, x_t, t.clamp(min=2))
+        return divergence, self.auxiliary_loss(output, x_0, x_t, t)
+
+    def draw_previous(self, output: Tensor, x_t: Tensor, t: int) -> Tensor:
+        """x_{t-1} ~ p(x_{t-1} | x_t) from the network's output at (x_t, t), t >= 2: for samplers, all data at one t."""
+        return self.reverse_law(output, x_t, self._time(t, x_t))()
 
     def reverse(self, x_t: Tensor, t: Tensor) -> dist.TorchDistribution:
         """p(x_{t-1} | x_t), t >= 2."""

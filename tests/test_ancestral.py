@@ -6,6 +6,7 @@ z-tests hold at most 6.5 standard errors of some ten thousand draws: a false fai
 import math
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,32 @@ def test_the_same_noise_gives_the_model_s_numbers(name):
     assert x.dtype == expected.dtype
     assert torch.allclose(x.double(), expected.double(), rtol=1e-12, atol=1e-12)
     assert not x.requires_grad
+
+
+class Wide(DDPM):
+    """A reverse law of its own, which the short form of a step must not pass over."""
+
+    def reverse_law(self, output, x_t, t):
+        law = super().reverse_law(output, x_t, t).base_dist
+        return dist.Normal(law.loc, 2 * law.scale).to_event(len(self.data_shape))
+
+
+@pytest.mark.parametrize("variance", ["beta", "posterior", "learned"])
+@pytest.mark.parametrize("predict", ["eps", "x_0", "mean"])
+def test_a_step_is_a_draw_from_the_reverse_law(predict, variance):
+    pair = best(predict, variance)
+    wide = Wide(pair.network, pair.process.schedule, pair.data_shape, predict, variance, pair.likelihood)
+    x_t = torch.randn(30, *pair.data_shape)
+    draws = []
+    for each in (pair, wide):
+        for t in (2, T):
+            output = each.denoise(x_t, torch.tensor([t]))
+            torch.manual_seed(3)
+            draws.append(each.draw_previous(output, x_t, t))
+            torch.manual_seed(3)
+            expected = each.reverse_law(output, x_t, torch.tensor([t]))()
+            assert torch.allclose(draws[-1], expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(draws[0], draws[2], rtol=1e-3)
 
 
 def test_its_law_is_the_dense_oracle_s():

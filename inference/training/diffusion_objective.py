@@ -20,10 +20,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from inference.training.timesteps import SAMPLERS
 from ppl_models.diffusion import Diffusion
+from ppl_models.processes.transitions import shapes_are_fixed
 
 __all__ = ["DiffusionLoss", "DiffusionStep"]
 
@@ -188,14 +188,16 @@ class DiffusionLoss(nn.Module):
         pair, process = self.pair, self.pair.process
         x_next = process.sample_marginal(x_0, t + 1)
         output = pair.denoise(x_next, t + 1)
-        bound = auxiliary = torch.zeros((), device=x_0.device)
-        if with_auxiliary:
+        bound = divergence = auxiliary = torch.zeros((), device=x_0.device)
+        if with_bound and with_auxiliary and process.num_timesteps > 1:
+            divergence, auxiliary = pair.step_losses(output, x_0, x_next, t + 1)
+        elif with_auxiliary:
             auxiliary = pair.auxiliary_loss(output, x_0, x_next, t + 1)
+        elif process.num_timesteps > 1:
+            # a harmless step where t = 0, and not taken there
+            divergence = pair.step_divergence(output, x_0, x_next, (t + 1).clamp(min=2))
         if with_bound:
-            bound = self._reconstruction(output, x_0, x_next, t, rows)
-            if process.num_timesteps > 1:
-                above = (t + 1).clamp(min=2)  # a harmless step where t = 0, and not taken there
-                bound = torch.where(t > 0, pair.step_divergence(output, x_0, x_next, above), bound)
+            bound = torch.where(t > 0, divergence, self._reconstruction(output, x_0, x_next, t, rows))
         return bound, auxiliary
 
     def _reconstruction(self, output: Tensor, x_0: Tensor, x_1: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
@@ -204,12 +206,13 @@ class DiffusionLoss(nn.Module):
             return -self.pair.reconstruction_law(output, x_1).log_prob(x_0)
         if not len(rows):  # laws refuse an empty batch
             return output.new_zeros(len(t))
-        few = -self.pair.reconstruction_law(output[rows], x_1[rows]).log_prob(x_0[rows])
+        few_outputs, few_x_1, few_x_0 = (each.index_select(0, rows) for each in (output, x_1, x_0))
+        few = -self.pair.reconstruction_law(few_outputs, few_x_1).log_prob(few_x_0)
         return few.new_zeros(len(t)).index_copy(0, rows, few)
 
     def _rows(self, t: Tensor) -> Tensor | None:
         """Indices that hold all data with t = 0: of a fixed number where a graph is traced, exactly those otherwise."""
-        if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        if shapes_are_fixed():
             most = self.sampler.most_of_one(len(t))
             return t.topk(most, largest=False).indices if most < len(t) else None
         rows = (t == 0).nonzero()[:, 0]

@@ -115,16 +115,17 @@ class CategoricalProcess(nn.Module):
         """A draw from :meth:`marginal`, without the law's K numbers where the transitions can do without."""
         return self.transitions.sample_marginal(*self._aligned(x_0, t))
 
-    def step_divergence(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> Tensor:
-        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), ``[*batch]`` nats, p as in :meth:`posterior_logits`; t in 2..T.
+    def step_losses(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) and -log p(x_0 | x_t), ``[*batch]`` nats; t in 2..T.
 
-        The KL of the two laws, with fewer passes over the classes where the transitions can. ``x_0_logits`` are as
-        ``transitions.restrict`` leaves them.
+        p as in :meth:`posterior_logits`, given ``x_0_logits`` of which ``transitions.restrict`` has taken away what x_t
+        excludes, or will. The KL is that of the two laws, with fewer passes over the classes where the transitions can.
         """
         x_t, steps = self._aligned(x_t, t)
-        log_p = x_0_logits.to(torch.promote_types(x_0_logits.dtype, torch.float32))
-        divergence = self.transitions.step_divergence(x_t, self._aligned(x_0, t)[0], log_p, steps)
-        return sum_rightmost(divergence, len(self.data_shape))
+        logits = x_0_logits.to(torch.promote_types(x_0_logits.dtype, torch.float32))
+        divergence, surprisal = self.transitions.step_losses(x_t, self._aligned(x_0, t)[0], logits, steps)
+        n = len(self.data_shape)
+        return sum_rightmost(divergence, n), sum_rightmost(surprisal, n)
 
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || p(x_T)), ``[*batch]`` nats in the module's dtype."""

@@ -17,6 +17,7 @@ tables stay float64 when the module is moved to another dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,8 +132,9 @@ class GaussianProcess(nn.Module):
         return weight_x_0 * x_0 + weight_x_t * x_t
 
     def sample_marginal(self, x_0: Tensor, t: Tensor) -> Tensor:
-        """A draw from :meth:`marginal`."""
-        return self.marginal(x_0, t)()
+        """A draw from :meth:`marginal`: sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps."""
+        loc = self.coefficient("sqrt_alpha_bar", t, x_0) * x_0
+        return torch.addcmul(loc, self.coefficient("sqrt_marginal_variance", t, x_0), torch.randn_like(loc))
 
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || p(x_T)) = (A |x_0|^2 - D (A + log(1 - A))) / 2 with A = alpha-bar_T, ``[*batch]`` nats."""
@@ -172,6 +174,16 @@ class GaussianProcess(nn.Module):
         # Not table[t]: for a t of no dims that reads its value, which waits for the device and cannot be traced.
         gathered = torch.take(self._buffers[f"_{name}"], t).to(like.dtype)  # type: ignore[arg-type]
         return gathered.reshape((*t.shape, *[1] * n))
+
+    def number(self, name: str, t: int) -> float:
+        """The same coefficient as a number, without a look at the device; t in 1..T.
+
+        Example:
+            >>> round(GaussianProcess(NoiseSchedule.from_betas([0.1, 0.19]), ()).number("sqrt_alpha", 2), 6)
+            0.9
+        """
+        value = float(getattr(self.schedule, name.removeprefix("sqrt_"))[t - 1])
+        return math.sqrt(value) if name.startswith("sqrt_") else value
 
     def _check_t(self, t: Tensor) -> None:
         if not isinstance(t, Tensor) or t.dtype != torch.long:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ppl_models.processes.transitions import Schedule, Transitions, betas, log_add_exp, refuse_steps
+from ppl_models.processes.transitions import Schedule, Transitions, betas, log_add_exp, refuse_steps, shapes_are_fixed
 
 __all__ = ["AbsorbingTransitions", "UniformTransitions", "absorbing", "uniform"]
 
@@ -113,34 +113,56 @@ class UniformTransitions(_Mixing):
         """See the base class; Q_t is symmetric."""
         return self.log_transition(x_t, t, dtype)
 
-    def step_divergence(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> Tensor:
-        r"""See the base class; one pass over the classes, for q takes three values only.
+    def step_losses(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base class; one pass over the classes, for q takes three values only. See :meth:`divergence_of`."""
+        log_p = x_0_logits.log_softmax(-1)
+        both = torch.stack(torch.broadcast_tensors(x_t, x_0), -1)
+        at_t, at_0 = log_p.gather(-1, both.expand(*log_p.shape[:-1], 2)).unbind(-1)
+        shift = self.log_odds(t)[..., None].to(log_p.dtype)
+        total = F.softplus(log_p + shift, threshold=_EXACT).sum(-1)
+        return self.divergence_of(x_t, x_0, total, at_t, at_0, t), -at_0
 
-        Write s = 1 - beta_t, r = beta_t / K, a = a_{t-1}, b = (1 - a_{t-1}) / K, i = x_0, j = x_t, p_k = p(x_0 = k | x_t), and
+    def log_odds(self, t: Tensor) -> Tensor:
+        """log a / b with a = a_{t-1} and b = (1 - a_{t-1}) / K, of the shape of t, float64; t in 2..T."""
+        return self.log_kept[t - 1] - self.log_lost[t - 1] + math.log(self.num_classes)
+
+    def divergence_of(
+        self, x_t: Tensor, x_0: Tensor, total: Tensor, log_p_t: Tensor, log_p_0: Tensor, t: Tensor
+    ) -> Tensor:
+        r"""The KL of :meth:`step_losses` from what it needs of p_k = p(x_0 = k | x_t).
+
+        Write s = 1 - beta_t, r = beta_t / K, a = a_{t-1}, b = (1 - a_{t-1}) / K, i = x_0, j = x_t, and
         f(p) = log(1 + a p / b), so that Qbar_{t-1} carries p to b e^f(p). Then with Z = (s [i = j] a + s b) + r
 
             q_k = (s [k = j] + r) (a [k = i] + b) / Z
             KL  = [ r b (f(1) - sum_k f(p_k)) + s b (f([i = j]) - f(p_j)) + (r + s [i = j]) a (f(1) - f(p_i)) ] / Z
                   + log(s b e^f(p_j) + r) - log Z.
+
+        Args:
+            x_t: as in :meth:`step_losses`.
+            x_0: the same.
+            total: sum_k f(p_k), for each entry.
+            log_p_t: log p_j.
+            log_p_0: log p_i.
+            t: as in :meth:`step_losses`.
         """
         self._check(x_0, t, first=2)
         self._check(x_t, t, first=2)
-        log_p, same = x_0_logits.log_softmax(-1), x_t == x_0
+        same, dtype = x_t == x_0, total.dtype
         log_s, log_r = self.log_stay[t], self.log_jump[t] - math.log(self.num_classes)
         log_a, log_b = self.log_kept[t - 1], self.log_lost[t - 1] - math.log(self.num_classes)
         log_sb, log_rest = log_s + log_b, torch.logaddexp(log_s + log_b, log_r)
         log_z = torch.where(same, torch.logaddexp(log_s + log_a, log_rest), log_rest)
         log_moved = torch.where(same, torch.logaddexp(log_s, log_r), log_r) + log_a
         of_all, of_x_t, of_x_0 = (
-            (log_weight - log_z).exp().to(log_p.dtype) for log_weight in (log_r + log_b, log_sb, log_moved)
+            (log_weight - log_z).exp().to(dtype) for log_weight in (log_r + log_b, log_sb, log_moved)
         )
-        shift = (log_a - log_b).to(log_p.dtype)
-        top = F.softplus(shift, threshold=_EXACT)  # f(1)
-        f = F.softplus(log_p + shift[..., None], threshold=_EXACT)
-        both = torch.stack(torch.broadcast_tensors(x_t, x_0), -1)
-        at_t, at_0 = f.gather(-1, both.expand(*f.shape[:-1], 2)).unbind(-1)
-        spent = of_all * (top - f.sum(-1)) + of_x_t * (torch.where(same, top, 0.0) - at_t) + of_x_0 * (top - at_0)
-        return spent + torch.logaddexp(log_sb.to(f.dtype) + at_t, log_r.to(f.dtype)) - log_z.to(f.dtype)
+        shift = self.log_odds(t).to(dtype)
+        top, at_t, at_0 = (
+            F.softplus(each + shift, threshold=_EXACT) for each in (torch.zeros_like(shift), log_p_t, log_p_0)
+        )
+        spent = of_all * (top - total) + of_x_t * (torch.where(same, top, 0.0) - at_t) + of_x_0 * (top - at_0)
+        return spent + torch.logaddexp(log_sb.to(dtype) + at_t, log_r.to(dtype)) - log_z.to(dtype)
 
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         """See the base class: the same for every x_0."""
@@ -202,13 +224,24 @@ class AbsorbingTransitions(_Mixing):
         """log q(x_{t-1} = x_0 | x_t = m, x_0) = log (a_{t-1} - a_t) / (1 - a_t), of the shape of t, float64."""
         return self.log_jump[t] + self.log_kept[t - 1] - self.log_lost[t]
 
-    def step_divergence(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> Tensor:
+    def step_losses(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class: -w_t log p(x_0 | x_t), w_t = (a_{t-1} - a_t) / (1 - a_t), which an unmasked x_t makes zero."""
         self._check(x_0, t, first=2)
         self._check(x_t, t, first=2)
-        log_p = x_0_logits.log_softmax(-1)
-        log_p = log_p.gather(-1, x_0.expand(log_p.shape[:-1])[..., None])[..., 0]
-        return -self.log_unmasking(t).exp().to(log_p.dtype) * log_p
+        surprisal = self.surprisal(x_t, x_0, x_0_logits)
+        return self.log_unmasking(t).exp().to(surprisal.dtype) * surprisal, surprisal
+
+    def surprisal(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor) -> Tensor:
+        """See the base class: zero where x_t is unmasked, so that only masked entries are looked at where shapes allow."""
+        shape = x_0_logits.shape[:-1]
+        masked, x_0 = (x_t == self.mask).expand(shape), x_0.expand(shape)
+        if shapes_are_fixed():
+            log_p = x_0_logits[..., : self.mask].log_softmax(-1)
+            return torch.where(masked, -log_p.gather(-1, x_0[..., None])[..., 0], 0.0)
+        rows = masked.flatten().nonzero()[:, 0]
+        few = x_0_logits.reshape(-1, self.num_classes).index_select(0, rows)[:, : self.mask]
+        of_rows = F.cross_entropy(few, x_0.flatten().index_select(0, rows), reduction="none")
+        return of_rows.new_zeros(masked.numel()).index_copy(0, rows, of_rows).reshape(shape)
 
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         """See the base class: zero, all is absorbed."""

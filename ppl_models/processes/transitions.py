@@ -24,10 +24,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ppl_models.processes.class_law import ClassLaw
 
-__all__ = ["Schedule", "Transitions", "betas", "log_add_exp", "refuse_steps", "whole"]
+__all__ = ["Schedule", "Transitions", "betas", "log_add_exp", "refuse_steps", "shapes_are_fixed", "whole"]
 
 Schedule = str | Sequence[float] | Tensor
 
@@ -105,20 +106,28 @@ class Transitions(nn.Module, ABC):
         """x_t ~ q(x_t | x_0), int64 of the broadcast shape of x_0 and t; t in 0..T. See :meth:`log_transition`."""
         return ClassLaw(logits=self.log_marginal(x_0, t), validate_args=False).sample()
 
-    def step_divergence(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> Tensor:
-        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), the latter by eq. 4, in nats for each entry of x_t.
+    def step_losses(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), p by eq. 4, and -log p(x_0 | x_t): nats for each entry of x_t.
 
         Args:
             x_t: int64 in 0..K-1, with q(x_t | x_0) > 0.
             x_0: the same.
-            x_0_logits: ``[*x_t.shape, K]``, logits of p(x_0 | x_t), as :meth:`restrict` leaves them.
+            x_0_logits: ``[*x_t.shape, K]``, logits of p(x_0 | x_t), with or without those that :meth:`restrict` takes away.
             t: LongTensor in 2..T, broadcasting against x.
         """
-        log_p = x_0_logits.log_softmax(-1)
+        log_p = self.restrict(x_0_logits, x_t).log_softmax(-1)
         column = self.log_column(x_t, t, log_p.dtype)
         q = ClassLaw(logits=column + self.log_marginal(x_0, t - 1, log_p.dtype), validate_args=False)
         p = ClassLaw(logits=column + self.log_propagate(log_p, t - 1), validate_args=False)
-        return kl_divergence(q, p)
+        return kl_divergence(q, p), -_at(log_p, x_0)
+
+    def step_divergence(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor, t: Tensor) -> Tensor:
+        """The first of :meth:`step_losses`."""
+        return self.step_losses(x_t, x_0, x_0_logits, t)[0]
+
+    def surprisal(self, x_t: Tensor, x_0: Tensor, x_0_logits: Tensor) -> Tensor:
+        """The second of :meth:`step_losses`: -log p(x_0 | x_t), at t = 1 too."""
+        return -_at(self.restrict(x_0_logits, x_t).log_softmax(-1), x_0)
 
     @abstractmethod
     def prior_divergence(self, x_0: Tensor) -> Tensor:
@@ -226,6 +235,16 @@ def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
     shift = torch.where(possible, largest, 0.0)
     total = (a - shift).exp() + (b - shift).exp()
     return torch.where(possible, shift + torch.where(possible, total, 1.0).log(), -torch.inf)
+
+
+def shapes_are_fixed() -> bool:
+    """Whether a graph is being traced, in which no shape may hang on a value."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+
+
+def _at(log_p: Tensor, x: Tensor) -> Tensor:
+    """log p at the class x, of the shape of all but the last axis of ``log_p``."""
+    return log_p.gather(-1, x.expand(log_p.shape[:-1])[..., None])[..., 0]
 
 
 def whole(name: str, value: int, least: int) -> int:

@@ -156,7 +156,7 @@ def term(given: Transitions, x: Tensor, logits: Tensor) -> Call:
     def call() -> None:
         leaf = logits.clone().requires_grad_()
         x_t = process.sample_marginal(x, t)
-        process.step_divergence(x_t, x, given.restrict(leaf, x_t), t).sum().backward()
+        process.step_losses(x_t, x, leaf, t)[0].sum().backward()
 
     return call
 

@@ -3,11 +3,13 @@
 The oracle is a table of matrices multiplied up, Bayes' rule and a sum over classes. Chi-square tests at 1e-6.
 """
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
 from torch.distributions import kl_divergence
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from inference.training.diffusion_objective import DiffusionLoss
 from ppl_models import DDPM
@@ -20,6 +22,7 @@ from ppl_models.processes import (
     discretized_gaussian,
     uniform,
 )
+from ppl_models.processes.transitions import Transitions
 from tests.bounds import diffusion_pairs as pairs
 
 K, T = 5, 6
@@ -188,3 +191,32 @@ def test_a_reverse_law_of_ones_own_is_the_one_that_is_trained(kind):
     exact = kl_divergence(wide.process.posterior(x_t, x, t + 1), wide.reverse(x_t, t + 1))
     assert torch.allclose(values[0], exact)
     assert not torch.allclose(values[1], exact, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "absorbing"])
+def test_both_losses_of_a_step_from_raw_logits(kind):
+    """As from restricted ones, and in a graph of fixed shapes as outside of one; value and gradient."""
+    transitions = {"uniform": uniform, "absorbing": absorbing}[kind](6, 5)
+    x_0, t = torch.randint(5, (40, 3)), torch.randint(2, 6, (40, 1))
+    x_t = transitions.sample_marginal(x_0, t)
+    raw = torch.randn(40, 3, 6).requires_grad_()
+
+    def losses(logits):
+        return torch.stack(transitions.step_losses(x_t, x_0, logits, t))
+
+    restricted = transitions.restrict(raw, x_t)
+    exact = torch.stack(
+        [
+            Transitions.step_losses(transitions, x_t, x_0, restricted, t)[0],
+            -restricted.log_softmax(-1).gather(-1, x_0[..., None])[..., 0],
+        ]
+    )
+    (gradient,) = torch.autograd.grad(exact.sum(), raw, retain_graph=True)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        traced = make_fx(losses)(raw)
+    for ours in (losses(raw), losses(restricted), traced(raw)):
+        assert torch.allclose(ours, exact, rtol=1e-9, atol=1e-12)
+        found = torch.autograd.grad(ours.sum(), raw, retain_graph=True)[0]
+        assert torch.allclose(found, gradient, rtol=1e-8, atol=1e-12)
+    assert torch.equal(transitions.surprisal(x_t, x_0, raw), losses(raw)[1])
+    assert not torch.allclose(losses(raw + torch.arange(6.0)), exact, rtol=1e-3)
