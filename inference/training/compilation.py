@@ -30,6 +30,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten
 
 from inference.bounds.particles import forked_rng
@@ -72,7 +73,7 @@ def compile_objective(
         NotTraceableError: control flow or shapes that depend on values, a tensor that is not registered, or a graph that
             does not give the loss's own values and gradients on the same draws.
         InPlaceError: the loss changes data or parameters in place.
-        TypeError: the loss is no module, or the example no tensor.
+        TypeError: the loss is no module, or holds one that is wrapped in DDP; or the example is no tensor.
         ValueError: an unknown backend, or a mode with another backend than inductor.
 
     Example:
@@ -89,6 +90,11 @@ def compile_objective(
     """
     if not isinstance(loss, nn.Module):
         raise TypeError(f"expected a loss that is a torch module, got {type(loss).__name__}: use ElboLoss(pair), say")
+    if any(isinstance(module, DistributedDataParallel) for module in loss.modules()):  # a graph would not sum gradients
+        raise TypeError(
+            "expected a loss that is not wrapped in DistributedDataParallel, for a graph goes past what averages gradients: "
+            "put the compiled loss inside, DistributedDataParallel(compile_objective(loss, x))"
+        )
     if not isinstance(example, Tensor):
         raise TypeError(f"expected example data as one tensor, got {type(example).__name__}")
     options: dict[str, Any] = {}

@@ -32,17 +32,20 @@ class NotTraceableError(ValueError):
 
 
 def gradients_of_sum(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of the sum of all differentiable values, None for a tensor that has no part in them."""
+    """Gradients of v_1 + 2 v_2 + ..., the differentiable values; None for a tensor that has no part in them.
+
+    With weights that differ, for an objective and the terms that it is minus the sum of would cancel.
+    """
     reached = [value for value in values if value.requires_grad]
     if not reached:
         return []
     with without_autocast(reached[0].device.type):
-        ones = [torch.ones_like(value) for value in reached]
-        return list(torch.autograd.grad(reached, list(wanted), ones, allow_unused=True))
+        weights = [torch.full_like(value, float(i)) for i, value in enumerate(reached, 1)]
+        return list(torch.autograd.grad(reached, list(wanted), weights, allow_unused=True))
 
 
 def check_same(what: str, found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
-    """Refuses tensors that differ by more than rounding does on the scale of the largest of them.
+    """Refuses tensors that differ by more than rounding does, on the scale of the largest of them.
 
     Raises:
         NotTraceableError: they differ; ``what`` they are is in the message.
@@ -87,4 +90,6 @@ def _close(a: Tensor, b: Tensor, largest: float) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     tolerance = torch.finfo(a.dtype).eps ** 0.5
+    if torch.is_autocast_enabled(a.device.type):  # sums in half precision, in another order
+        tolerance = max(tolerance, torch.finfo(torch.get_autocast_dtype(a.device.type)).eps)
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)

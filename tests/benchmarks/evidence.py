@@ -20,7 +20,6 @@ Not a test: nothing here passes or fails.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import resource
@@ -30,15 +29,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from ppl_models import VAE
 from ppl_models.likelihoods import Bernoulli
+from tests.benchmarks.other_libraries import is_installed, pythae_vae
 
 ROOT = Path(__file__).parents[2]
 INK = 0.13
@@ -108,30 +107,7 @@ def _log_weights(vae: VAE, x: Tensor, loc: Tensor, scale: Tensor, count: int) ->
 
 def get_nll(vae: VAE, x: Tensor, k: int) -> float:
     """pythae's, on the same networks."""
-    from pythae.models import VAE as PythaeVAE  # type: ignore[import-not-found]
-    from pythae.models import VAEConfig
-    from pythae.models.base.base_utils import ModelOutput  # type: ignore[import-not-found]
-    from pythae.models.nn import BaseDecoder, BaseEncoder  # type: ignore[import-not-found]
-
-    class Encoder(BaseEncoder):
-        def __init__(self, network: nn.Module) -> None:
-            BaseEncoder.__init__(self)
-            self.network = network
-
-        def forward(self, images: Tensor) -> Any:
-            loc, scale = self.network(images[:, 0])
-            return ModelOutput(embedding=loc, log_covariance=2 * scale.log())
-
-    class Decoder(BaseDecoder):
-        def __init__(self, network: nn.Module) -> None:
-            BaseDecoder.__init__(self)
-            self.network = network
-
-        def forward(self, z: Tensor) -> Any:
-            return ModelOutput(reconstruction=self.network(z).sigmoid()[:, None])
-
-    config = VAEConfig(input_dim=(1, 28, 28), latent_dim=50, reconstruction_loss="bce")
-    return float(PythaeVAE(config, Encoder(vae.encoder), Decoder(vae.decoder)).get_nll(x[:, None], n_samples=k))
+    return float(pythae_vae(vae).get_nll(x[:, None], n_samples=k))
 
 
 CONTENDERS: dict[str, Callable[[VAE, Tensor, int], float]] = {
@@ -194,7 +170,7 @@ def main() -> None:
         print(json.dumps(measure(options.measure, options.data, options.particles, options.mnist)))
         return
     names = list(CONTENDERS)
-    if importlib.util.find_spec("pythae") is None:
+    if not is_installed("pythae"):
         names.remove("get_nll")
         print("get_nll is left out: pythae is not installed")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from inference import DiffusionLoss, ElboLoss, EnumeratedLoss, ImportanceWeightedLoss
 from inference.training import compilation
 from inference.training.compilation import NotTraceableError, compile_objective
-from inference.training.discrete_objective import GumbelSoftmaxLoss, StraightThroughLoss
 from inference.training.flat_graph import InPlaceError
+from inference.training.relaxed_objective import GumbelSoftmaxLoss, StraightThroughLoss
 from ppl_models import VAE, ModelGuidePair
 from ppl_models.likelihoods import Bernoulli
 from tests.cases import CASES
@@ -68,11 +68,12 @@ def parameters():
 
 
 def run(objective, x, loss, seed=3):
-    """Values, gradients of their sum and buffers after one call on the draws of a seed; buffers are put back."""
+    """Values, gradients of a weighted sum and buffers after one call on the draws of a seed; buffers are put back."""
     before = [buffer.clone() for buffer in loss.buffers()]
     torch.manual_seed(seed)
     values = [leaf for leaf in tree_leaves(objective(x)) if leaf is not None]
-    gradients = torch.autograd.grad(sum(v.sum() for v in values), list(loss.parameters()), allow_unused=True)
+    total = sum(i * v.sum() for i, v in enumerate(values, 1))  # an objective and its terms would cancel
+    gradients = torch.autograd.grad(total, list(loss.parameters()), allow_unused=True)
     after = [buffer.clone() for buffer in loss.buffers()]
     for buffer, old in zip(loss.buffers(), before, strict=True):
         buffer.copy_(old)
@@ -392,6 +393,7 @@ def _write(tensor, x):
         (lambda loss, x: x * np.random.rand(), NotTraceableError, "a value differs"),
         (lambda loss, x: x * loss.calls, NotTraceableError, "a value differs"),
         (_count_in_hook, NotTraceableError, "a gradient differs"),
+        (lambda loss, x: [y := _count_in_hook(loss, x), -y], NotTraceableError, "a gradient differs"),
         (_replace_buffer, NotTraceableError, "other tensors in their places"),
         (lambda loss, x: _write(loss.weight, x), InPlaceError, "changes one in place"),
     ],
