@@ -15,6 +15,7 @@ its KL known in closed form, for a relaxed z has no probability.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -163,18 +164,22 @@ class StraightThroughLoss(GumbelSoftmaxLoss):
 class _Replaced(Messenger):
     """Replaces each draw of a one-hot law by what ``replacement`` makes of that law.
 
-    After the draw, because only then does its law have the batch shape of all plates; outside of ``poutine.trace``, so that
-    the trace records the replacement.
+    The law itself is told to draw so, because plates outside of this handler have yet to expand it; afterwards it is the
+    law that it was. Outside of ``poutine.trace``, so that the trace records that one.
     """
 
     def __init__(self, replacement: Callable[[Any], Tensor]) -> None:
         super().__init__()
-        self.replacement = replacement
+        self.drawn = {"sample": lambda law, sample_shape=(): replacement(_one_hot(law)), "has_rsample": False}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if _one_hot(msg["fn"]) is not None and not msg["is_observed"]:
+            law = msg["fn"] = copy.copy(msg["fn"])
+            law.__class__ = type(type(law).__name__, (type(law),), self.drawn)
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        law = _one_hot(msg["fn"])
-        if law is not None and not msg["is_observed"]:
-            msg["value"] = self.replacement(law)
+        if _one_hot(msg["fn"]) is not None and not msg["is_observed"]:
+            msg["fn"].__class__ = type(msg["fn"]).__base__
 
 
 def _one_hot(law: Any) -> Any:
