@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import ppl_models.distributions as extra
 from ppl_models.data_checks import refuse_grey_levels, refuse_other_than_floats, refuse_other_than_tensor, refuse_where
+from ppl_models.networks.precision import at_least_float32
 
 __all__ = ["Bernoulli", "Categorical", "DiscretizedNormal", "Likelihood", "LocationScale", "Normal"]
 
@@ -143,7 +144,7 @@ class LocationScale(Likelihood):
                     "expected the decoder to return a pair (loc, scale), as the likelihood has scale=None, got "
                     f"{_describe(parameters)}; return both, or give the likelihood a scale"
                 )
-            loc, scale = map(_at_least_float32, parameters)
+            loc, scale = map(at_least_float32, parameters)
             pairs = zip(scale.shape[::-1], loc.shape[::-1], strict=False)
             if scale.dim() > loc.dim() or any(a not in (1, b) for a, b in pairs):
                 raise ValueError(
@@ -394,11 +395,7 @@ def _single(parameters: Parameters, what: str, remedy: str) -> Tensor:
     """The decoder's one tensor, at least float32."""
     if not isinstance(parameters, Tensor):
         raise TypeError(f"expected the decoder to return one tensor, the {what}, got {_describe(parameters)}; {remedy}")
-    return _at_least_float32(parameters)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return at_least_float32(parameters)
 
 
 def _check_dims(tensor: Tensor, least: int) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.data_checks import refuse_where
+from ppl_models.networks.precision import at_least_float32
 
 
 class Penalty(nn.Module, ABC):
@@ -95,7 +96,7 @@ class L1(Penalty):
 
     def forward(self, z: Tensor, x: Tensor, encoder: Callable[[Tensor], Tensor]) -> Tensor:
         """See :meth:`Penalty.forward`."""
-        return self.weight * _at_least_float32(z).abs().sum(-1)
+        return self.weight * at_least_float32(z).abs().sum(-1)
 
 
 class ActivityTarget(Penalty):
@@ -130,7 +131,7 @@ class ActivityTarget(Penalty):
         """See :meth:`Penalty.forward`."""
         if dist.is_validation_enabled():
             _refuse_other_than_activities(z, (z >= 0) & (z <= 1))  # a sigmoid may round to either end
-        rho, rho_hat = self.target, _at_least_float32(z).mean(-2)
+        rho, rho_hat = self.target, at_least_float32(z).mean(-2)
         minus_entropy = rho * math.log(rho) + (1 - rho) * math.log1p(-rho)
         kl = minus_entropy - rho * rho_hat.log() - (1 - rho) * torch.log1p(-rho_hat)
         return (self.weight * kl.sum(-1, keepdim=True)).expand(z.shape[:-1])
@@ -169,7 +170,7 @@ class Contraction(Penalty):
         units = torch.eye(code.shape[-1], dtype=code.dtype, device=code.device)
         covectors = units.reshape(-1, *[1] * (code.dim() - 1), code.shape[-1]).expand(-1, *code.shape)
         (rows,) = torch.vmap(pull_back)(covectors)  # [d, *batch, *data_shape]
-        return self.weight * _at_least_float32(rows).square().sum(0).flatten(code.dim() - 1).sum(-1)
+        return self.weight * at_least_float32(rows).square().sum(0).flatten(code.dim() - 1).sum(-1)
 
     def check(self, z: Tensor, x: Tensor) -> None:
         """Refuses class indices; see the base class."""
@@ -212,7 +213,7 @@ class HutchinsonContraction(Contraction):
         probes = (self.num_probes, *z.shape[: z.dim() - code.dim()])  # each particle has probes of its own
         signs = 2 * torch.randint(2, (math.prod(probes), *code.shape), device=code.device).to(code.dtype) - 1
         (pulled,) = torch.vmap(pull_back)(signs)  # [M * particles, *batch, *data_shape]
-        norms = _at_least_float32(pulled).square().flatten(code.dim()).sum(-1)
+        norms = at_least_float32(pulled).square().flatten(code.dim()).sum(-1)
         return self.weight * norms.reshape(*probes, *code.shape[:-1]).mean(0)
 
     def config(self) -> dict[str, Any]:
@@ -223,11 +224,6 @@ class HutchinsonContraction(Contraction):
 def _refuse_other_than_activities(z: Tensor, good: Tensor) -> None:
     remedy = "let the encoder end in a sigmoid (and in no k-sparse layer)"
     refuse_where(z.detach(), ~good, "z", "activities between 0 and 1", remedy)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision widened: a sum over units, added to a log-density, needs it."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _vjp(encoder: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ppl_models.networks.mlp import ACTIVATIONS, MLP
+from ppl_models.networks.precision import at_least_float32
 
 
 class LadderEncoder(nn.Module):
@@ -61,10 +63,11 @@ class LadderEncoder(nn.Module):
         """``h`` of shape ``[..., *data_shape]`` to ``(loc, scale, features)``."""
         n = len(self.data_shape)
         if self.num_classes is not None:
-            h = nn.functional.one_hot(h, self.num_classes)
+            classes = torch.eye(self.num_classes, dtype=self.head.weight.dtype, device=h.device)
+            h = nn.functional.embedding(h, classes)  # one-hot; torch's own reads values, which a traced graph cannot
             n += 1
         features = self.body(h.reshape(*h.shape[: h.dim() - n], -1).to(self.head.weight.dtype))
-        loc, log_scale = self.head(features).chunk(2, dim=-1)
+        loc, log_scale = at_least_float32(self.head(features)).chunk(2, dim=-1)
         return loc, log_scale.exp(), features
 
     def config(self) -> dict[str, object]:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ppl_models.networks.precision import at_least_float32
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 
 
@@ -90,7 +92,7 @@ class GaussianEncoder(nn.Module):
             x = nn.functional.embedding(x, classes)  # one-hot; torch's own reads values, which a traced graph cannot
             n += 1
         flat = x.reshape(*x.shape[: x.dim() - n], -1).to(next(self.body.parameters()).dtype)
-        loc, log_scale = self.body(flat).chunk(2, dim=-1)
+        loc, log_scale = at_least_float32(self.body(flat)).chunk(2, dim=-1)
         return loc, log_scale.exp()
 
     def config(self) -> dict[str, object]:
@@ -137,11 +139,11 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """``z`` of shape ``[..., latent_dim]`` to ``[..., *output_shape]`` (twice, with ``with_scale``)."""
-        outputs = self.body(z)
+        outputs = self.body(z.to(next(self.body.parameters()).dtype))
         shape = torch.Size([*z.shape[:-1], *self.output_shape])
         if not self.with_scale:
             return outputs.reshape(shape)
-        loc, log_scale = outputs.chunk(2, dim=-1)
+        loc, log_scale = at_least_float32(outputs).chunk(2, dim=-1)
         return loc.reshape(shape), log_scale.exp().reshape(shape)
 
     def config(self) -> dict[str, object]:

@@ -68,9 +68,7 @@ class TransformerDenoiser(Denoiser):
         self.token = nn.Embedding(num_classes, width)
         self.place = nn.Parameter(_INITIAL_SCALE * torch.randn(self.size, width))
         self.time = TimeEmbedding(width) if time_conditioned else None
-        self.convolution = (
-            None if neighbours is None else nn.Conv1d(width, width, neighbours, padding=neighbours // 2)
-        )
+        self.convolution = None if neighbours is None else nn.Conv1d(width, width, neighbours, padding=neighbours // 2)
         self.layers = nn.ModuleList(  # not nn.TransformerEncoder, whose layers all start as copies of one
             nn.TransformerEncoderLayer(
                 width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True

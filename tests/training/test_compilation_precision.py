@@ -13,7 +13,15 @@ from ppl_models import VAE
 from ppl_models.likelihoods import Normal
 from tests.cases import CASES
 
-NAMES = ["vae-bernoulli", "ddpm-normal", "d3pm-uniform", "categorical-exact", "vq-vae"]
+NAMES = [
+    "vae-bernoulli",
+    "hvae-bottom-up",
+    "hvae-categorical-top-down",
+    "ddpm-normal",
+    "d3pm-uniform",
+    "categorical-exact",
+    "vq-vae",
+]
 ROUNDING = 2**-7  # of bfloat16: gradients of products are summed in another order
 
 

@@ -226,11 +226,21 @@ def test_float32_stays_float32() -> None:
     assert {p.grad.dtype for p in pair.parameters()} == {torch.float32}
 
 
+class InHalf(torch.nn.Module):
+    """An encoder that gives its law's parameters in half precision."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        zeros = torch.zeros(len(x), 2, dtype=torch.bfloat16)
+        return zeros, zeros + 1
+
+
 def test_under_bfloat16_the_terms_come_in_float32_or_not_at_all() -> None:
     pair = VAE.preset((4,), Bernoulli(), latent_dim=2, hidden=(8,)).float()
     x = torch.ones(6, 4, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert pair.decoder(torch.zeros(1, 2, dtype=torch.float32)).dtype == torch.bfloat16
-        assert {t.dtype for t in ElboLoss(pair).terms(x).values()} == {torch.float32}
+        for closed_form in (True, False):
+            assert {t.dtype for t in ElboLoss(pair, closed_form=closed_form).terms(x).values()} == {torch.float32}
+        pair.encoder = InHalf()
         with pytest.raises(PrecisionError, match=r"got torch.bfloat16 at site 'z': convert the law's parameters"):
             ElboLoss(pair, closed_form=False)(x)
