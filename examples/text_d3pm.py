@@ -115,8 +115,8 @@ def draw(runs: dict[str, Run], curves: dict[str, TermCurve], grams: dict[int, fl
             xlabel="epoch", ylabel="bits per character", title="−ELBO while training, n-grams on the held-out part"
         )
         right.set(xlabel="t", ylabel="L_t, bits per character", title="Where the bits are paid")
-        for axes in (left, right):
-            axes.legend()
+        left.legend(loc="center right")
+        right.legend()
     return figure
 
 

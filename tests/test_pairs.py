@@ -151,25 +151,29 @@ def test_trace_elbo_equals_the_decomposition_and_the_objective(case, pair, x):
     assert abs(float(pyro_draws.mean() - d.monte_carlo.sum())) <= Z_MAX * total_error + 1e-9
 
 
-@pytest.mark.parametrize("fault", ["flipped sign of the likelihood", "model and guide swapped in the rate"])
-def test_a_broken_objective_is_caught_by_the_same_comparison(case, pair, x, fault):
+def test_a_broken_objective_is_caught_by_the_same_comparison(case, pair, x):
     """The twin of the test above: an objective with one sign wrong does not have the decomposition's ELBO as mean.
 
-    Power is worked out in each case from the draws themselves: the fault shifts the bound by twice the term whose sign is
-    wrong. Where that is below 1.5 thresholds in every datum, the case says so and is skipped.
+    Once the likelihood's sign is flipped, once model and guide are swapped in the rate. Power is worked out in each case
+    from the draws themselves: the fault shifts the bound by twice the term whose sign is wrong. Where that is below 1.5
+    thresholds in every datum, for both faults, the case says so and is skipped.
     """
     n = 2000
     d = decompose_elbo(pair.model, pair.guide, x, num_particles=20 * n)
     loss = case.objective(pair)
-    flipped = fault.startswith("flipped")
-    signs = {pair.data_site: -1.0} if flipped else dict.fromkeys(loss.latents, -1.0)
     with torch.no_grad():
-        draws = torch.stack([sum(signs.get(s, 1.0) * t for s, t in loss.terms(x).items()) for _ in range(n)])
-    shift = sum(2 * d[s].value for s in ((pair.data_site,) if flipped else pair.latent_sites)).abs()
-    error = (draws.var(0) / n + d.std_error.square()).sqrt()
-    if bool((shift <= 1.5 * Z_MAX * error).all()):
-        pytest.skip(f"too little power: the fault shifts the bound by {float(shift.max()):.2f} nats at most")
-    assert not _agrees(draws, d)
+        terms = [loss.terms(x) for _ in range(n)]
+    shifts = []
+    for sites in ((pair.data_site,), loss.latents):
+        draws = torch.stack([sum(-t if s in sites else t for s, t in drawn.items()) for drawn in terms])
+        shift = sum(2 * d[s].value for s in ((pair.data_site,) if pair.data_site in sites else pair.latent_sites)).abs()
+        error = (draws.var(0) / n + d.std_error.square()).sqrt()
+        if bool((shift > 1.5 * Z_MAX * error).any()):
+            assert not _agrees(draws, d)
+        else:
+            shifts.append(float(shift.max()))
+    if len(shifts) == 2:
+        pytest.skip(f"too little power: the faults shift the bound by {max(shifts):.2f} nats at most")
 
 
 def test_closed_form_and_draws_agree_at_every_site_that_has_one(case, pair, x):

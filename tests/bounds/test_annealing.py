@@ -18,11 +18,19 @@ from inference.bounds.latent_density import LatentDensity
 from inference.bounds.particles import make_plan
 from ppl_models import VAE, LinearGaussian
 from ppl_models.likelihoods import Normal
-from tests.bounds.annealing_programs import SUPPORTS, nested_plates, one_at_a_time, positive
+from tests.bounds.annealing_programs import (
+    SUPPORTS,
+    nested_plates,
+    one_at_a_time,
+    ordered_supports,
+    positive,
+    unit_interval,
+)
 from tests.bounds.elbo_case import quantile
 from tests.oracles import gaussian
 
 SHORT = {"num_temperatures": 6, "num_leapfrog": 3}
+LONG = (unit_interval, ordered_supports)  # a minute each
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +67,11 @@ class TestWeights:
     def test_are_unbiased(self, start, schedule):
         assert np.abs(weights_z(start, schedule=schedule)).max() < quantile(4)
 
-    @pytest.mark.parametrize("program", SUPPORTS, ids=lambda p: p.__name__)
+    @pytest.mark.parametrize(
+        "program",
+        [pytest.param(p, marks=pytest.mark.slow) if p in LONG else p for p in SUPPORTS],
+        ids=lambda p: p.__name__,
+    )
     def test_are_unbiased_on_every_support(self, program):
         known = program()
         ais = annealed_evidence(known.model, known.guide, known.x, num_chains=2000, start="prior", **SHORT)

@@ -144,7 +144,9 @@ def test_binarisation_needs_the_unit_scaling(scaling: str | None) -> None:
 
 def test_unknown_names_are_refused_with_what_there_is() -> None:
     for spec in ("cifar", "text:", "hf:", "mnist:", "mnist"):
-        with pytest.raises(DataError, match=r"expected one of digits, two_moons, .*images:FOLDER, text:FILE, hf:NAME, got"):
+        with pytest.raises(
+            DataError, match=r"expected one of digits, two_moons, .*images:FOLDER, text:FILE, hf:NAME, got"
+        ):
             load_data(spec)
     with pytest.raises(DataError, match="scaling: expected one of none, unit, symmetric, classes, got 'tanh'"):
         load_data("digits", scaling="tanh")
