@@ -74,7 +74,8 @@ class TrainConfig(BaseModel):
     precision: Literal["32-true", "64-true", "bf16-mixed"] | None = Field(None, description="None: the pair's own")
     processes: int = Field(1, ge=1, le=64, description="processes that share each batch")
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="the objective to one fused graph; auto: where a run is long enough to win back the cost"
+        "auto",
+        description="the objective to one fused graph; auto: for long runs, in one process, that win back the cost",
     )
     checkpoint_seconds: float = Field(60.0, ge=0, description="seconds between checkpoints, besides the last")
     tensorboard: bool = Field(False, description="also write metrics for TensorBoard (an extra)")

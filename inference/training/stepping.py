@@ -1,8 +1,9 @@
 """A training step's losses: by the loss as it is, or by its compiled graph where that pays.
 
 Compiling costs from seconds to a minute, so "auto" compiles runs that win it back: of :data:`CPU_STEPS` steps and more, or
-:data:`CUDA_STEPS` on a GPU. The decision hangs on the configuration and never on a clock, and only batches of the full size
-are compiled, so that a resumed run takes the very steps it would have taken.
+:data:`CUDA_STEPS` on a GPU, in one process; several, which would each compile the same, do so only if asked to. The
+decision hangs on the configuration and never on a clock, and only batches of the full size are compiled, so that a resumed
+run takes the very steps it would have taken.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Stepper:
         self.loss, self.full_batch, self.say = loss, full_batch, say
         self.required = config.compile == "on"
         enough = CUDA_STEPS if device.type == "cuda" else CPU_STEPS
-        self.wanted = self.required or (config.compile == "auto" and total_steps >= enough)
+        long = total_steps >= enough and config.processes == 1
+        self.wanted = self.required or (config.compile == "auto" and long)
         self.fast: CompiledObjective | None = None
 
     def __call__(self, x: Tensor) -> Any:

@@ -80,7 +80,9 @@ def test_auto_compiles_runs_that_win_the_cost_back():
         for steps, wanted in ((enough, True), (enough - 1, False)):
             stepper = Stepper(loss, TrainConfig(), steps, 16, torch.device(device), said.append)
             assert stepper.wanted is wanted
-    assert not Stepper(loss, TrainConfig(compile="off"), 10**9, 16, torch.device("cpu"), said.append).wanted
+    for config, wanted in ((TrainConfig(compile="off"), False), (TrainConfig(processes=2), False)):
+        assert Stepper(loss, config, 10**9, 16, torch.device("cpu"), said.append).wanted is wanted
+    assert Stepper(loss, TrainConfig(processes=2, compile="on"), 1, 16, torch.device("cpu"), said.append).wanted
 
 
 def test_what_cannot_be_compiled_is_refused_under_on_and_said_under_auto(monkeypatch, capsys):
