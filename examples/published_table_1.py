@@ -87,7 +87,7 @@ def main(
         published = PUBLISHED[layers, k][iwae]
         active = " + ".join(str(site.count) for site in reversed(units.sites.values()))
         error = squares**0.5 / num_test
-        table.append([name, f"{nats / num_test:.2f} +- {error:.2f}", active, f"{published:.2f}", str(len(run.metrics))])
+        table.append([name, f"{nats / num_test:.2f} +- {error:.3f}", active, f"{published:.2f}", str(len(run.metrics))])
         header = ["row", f"-L_{num_particles}, nats", "active units", "published", "epochs"]
         print(text_table(header, table), flush=True)
     return table
