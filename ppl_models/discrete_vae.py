@@ -54,11 +54,7 @@ class IndependentOneHot(dist.Independent):
         (torch.Size([2, 3]), torch.Size([9, 1, 2, 3]))
     """
 
-    @property
-    def has_enumerate_support(self) -> bool:
-        """Whether K^M is at most :data:`MAX_STATES`."""
-        num_latents, num_classes = self.event_shape
-        return num_classes**num_latents <= MAX_STATES
+    has_enumerate_support = True  # too many values are refused by name when they are asked for, never drawn instead
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws, ``[*sample_shape, *batch_shape, M, K]``."""
@@ -76,6 +72,20 @@ class IndependentOneHot(dist.Independent):
         return states.expand(len(states), *self.batch_shape, *self.event_shape) if expand else states
 
 
+def refuse_too_many(num_latents: int, num_classes: int) -> None:
+    """Refuses K^M values that are too many to sum over.
+
+    Raises:
+        TooManyStatesError: K^M is above :data:`MAX_STATES`.
+    """
+    if num_classes**num_latents > MAX_STATES:
+        exponent, leading = math.floor(digits := num_latents * math.log10(num_classes)), 10 ** (digits % 1)
+        raise TooManyStatesError(
+            f"expected at most {MAX_STATES} values to sum over, got K^M = {num_classes}^{num_latents} = "
+            f"{leading:.2f}e+{exponent:02d}: make num_latents or num_classes smaller, or use an estimator that draws"
+        )
+
+
 def all_one_hot(num_latents: int, num_classes: int) -> Tensor:
     """All values of M one-hot vectors of length K, booleans ``[K^M, M, K]``.
 
@@ -86,11 +96,7 @@ def all_one_hot(num_latents: int, num_classes: int) -> Tensor:
         >>> all_one_hot(2, 2).long().argmax(-1).tolist()
         [[0, 0], [0, 1], [1, 0], [1, 1]]
     """
-    if num_classes**num_latents > MAX_STATES:
-        raise TooManyStatesError(
-            f"expected at most {MAX_STATES} values to sum over, got K^M = {num_classes}^{num_latents} = "
-            f"{float(num_classes) ** num_latents:.3g}: make num_latents or num_classes smaller, or use an estimator that draws"
-        )
+    refuse_too_many(num_latents, num_classes)
     digits = num_classes ** torch.arange(num_latents - 1, -1, -1)
     classes = torch.arange(num_classes**num_latents)[:, None] // digits % num_classes
     return one_hot(classes, num_classes)

@@ -28,6 +28,7 @@ __all__ = ["TruncatedLogistic", "logistic_logits"]
 
 _SCALE_SHIFT = 2.0  # so that a network that returns zero means a scale of e^-2 on [-1, 1], neither a spike nor flat
 _PIECE = 2**15  # numbers at a time, which stay in a core's cache and in memory that is in use already
+_SHARPEST = -60.0  # log-scale below which nothing changes: a point on one value, long before float32 overflows
 _FLAT = 1e-30  # a precision at which all classes have the same probability, in float64 too
 
 
@@ -38,6 +39,8 @@ class TruncatedLogistic:
         parameters: (location, log-scale) on the last axis, ``[*x.shape, 2]``.
         x_t: int64 in 0..K-1.
         num_classes: K >= 2.
+
+    A log-scale below -60 counts as -60, of which all probability is on one value for every K and precision.
 
     Example:
         >>> law = TruncatedLogistic(torch.zeros(1, 2), torch.tensor([1]), 3)
@@ -53,7 +56,7 @@ class TruncatedLogistic:
         self.half = 1 / (num_classes - 1)
         self.values = 2 * self.half * torch.arange(num_classes, dtype=parameters.dtype, device=parameters.device) - 1
         self.mean = torch.tanh(location + self.values[x_t])
-        self.precision = (_SCALE_SHIFT - log_scale).exp()
+        self.precision = (_SCALE_SHIFT - log_scale.clamp(min=_SHARPEST)).exp()
 
     def logits(self) -> Tensor:
         """log p(k) of all k, ``[*x.shape, K]``, unnormalised."""

@@ -386,6 +386,10 @@ BAD_CALLS = {
         [*TRAIN, "--data", "digits", "--likelihood", "poisson"],
         "likelihood: input should be 'bernoulli'.*got 'poisson'",
     ),
+    "likelihood of another system": (
+        ["train", "d3pm", "--out", "{new}", "--data", "digits", "--likelihood", "bernoulli"],
+        "likelihood: expected a Categorical likelihood, got Bernoulli",
+    ),
     "epochs 0": ([*TRAIN, "--data", "digits", "--epochs", "0"], "epochs: .*greater than or equal to 1, got 0"),
     "odd widths": (
         [*TRAIN, "--data", "digits", "--hidden", "8,-1"],

@@ -158,12 +158,16 @@ def test_too_many_states_are_refused_with_their_number():
     with pytest.raises(TooManyStatesError, match=message):
         pair.log_evidence(x)
     law = pair.guide_distribution(x)
-    assert not law.has_enumerate_support
     with pytest.raises(TooManyStatesError, match=message):
         law.enumerate_support()
-    marked = poutine.infer_config(pair.guide, lambda site: {"enumerate": "parallel"})
-    with pytest.raises(TooManyStatesError, match=message):
-        TraceEnum_ELBO(max_plate_nesting=1).loss(pair.model, marked, x)
+    for marked in (
+        poutine.infer_config(pair.guide, lambda site: {"enumerate": "parallel"}),
+        config_enumerate(pair.guide),
+    ):
+        with pytest.raises(TooManyStatesError, match=message):
+            TraceEnum_ELBO(max_plate_nesting=1).loss(pair.model, marked, x)
+    with pytest.raises(TooManyStatesError, match=r"K\^M = 10\^400 = 1.00e\+400"):  # which no float can hold
+        all_one_hot(400, 10)
     assert decompose_elbo(pair.model, pair.guide, x, num_particles=10)["z"].analytic is not None
 
 

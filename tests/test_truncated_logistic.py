@@ -71,3 +71,24 @@ def test_the_gradient_by_hand():
     many = [torch.randn(5000), torch.rand(5000), torch.randn(5000)]
     edges = torch.linspace(-1, 1, 17)
     assert torch.allclose(by_hand(*many), _sum_log1p(*many, edges + 0.2, 0.2 - edges), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_classes", [2, 17, 256])
+def test_a_scale_however_small_leaves_all_finite(num_classes, dtype):
+    """Below log-scale -60 the law is a point, and stays the same point."""
+    x_t = torch.tensor([num_classes // 2])
+    found = []
+    for log_scale in (-60.0, -90.0, -1e4):
+        parameters = torch.tensor([[0.01, log_scale]], dtype=dtype, requires_grad=True)
+        law = TruncatedLogistic(parameters, x_t, num_classes)
+        value = law.log_prob(x_t) + law.sum_log1p(torch.zeros(1, dtype=dtype))
+        (gradient,) = torch.autograd.grad(value.sum(), parameters)
+        assert bool(value.isfinite().all())
+        assert bool(gradient.isfinite().all())
+        assert bool(law.logits().isfinite().all())
+        found.append(value.detach())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    wider = TruncatedLogistic(torch.tensor([[0.01, -2.0]], dtype=dtype), x_t, num_classes).log_prob(x_t)
+    assert not torch.equal(wider, found[0])

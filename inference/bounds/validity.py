@@ -36,6 +36,7 @@ from inference.bounds.dependencies import Parents, parents, scalars_read
 from inference.bounds.particles import Particles, Plan, Program, forked_rng, make_plan
 from inference.bounds.sites import Site, is_deterministic, sample_sites
 from inference.bounds.terms import Kind
+from ppl_models.discrete_vae import TooManyStatesError
 
 Exact = Callable[[Particles], Tensor]  # a site's own expectation given its parents, of the site's batch shape
 
@@ -269,7 +270,10 @@ def _support(fn: Any) -> list[Tensor]:
     """All values of a small discrete law, each for the whole batch; none for any other law."""
     if not fn.has_enumerate_support:
         return []
-    support = fn.enumerate_support(expand=False)
+    try:
+        support = fn.enumerate_support(expand=False)
+    except TooManyStatesError:
+        return []
     return (
         list(support.expand(len(support), *fn.batch_shape, *fn.event_shape)) if len(support) <= MAX_ENUMERATED else []
     )

@@ -104,11 +104,15 @@ def build_pair(name: str, options: TrainOptions, data: DataSet) -> ModelGuidePai
 
     Raises:
         ValueError: no such system; the message lists those there are.
+        ConfigError: a likelihood that the system does not take.
     """
     preset = system(name)
     likelihood = _make_likelihood(name, options.likelihood or "", data.levels)
     with seeded(options.seed):
-        pair = preset(data.data_shape, likelihood, **pair_arguments(name, options))
+        try:
+            pair = preset(data.data_shape, likelihood, **pair_arguments(name, options))
+        except TypeError as error:
+            raise ConfigError(f"likelihood: {error}") from error
     assert isinstance(pair, ModelGuidePair)
     return pair
 

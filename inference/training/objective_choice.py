@@ -26,6 +26,7 @@ from inference.training.importance_objective import ImportanceWeightedLoss
 from inference.training.objectives import ElboLoss
 from inference.training.relaxed_objective import Annealing
 from ppl_models.diffusion import Diffusion
+from ppl_models.discrete_vae import CategoricalVAE, TooManyStatesError, refuse_too_many
 from ppl_models.pair import ModelGuidePair
 
 DIFFUSION = ("vlb", "simple", "hybrid")
@@ -59,6 +60,15 @@ def objective_of(pair: ModelGuidePair, config: TrainConfig) -> str:
         raise ConfigError(
             f"num_particles: expected 1 for a diffusion, got {config.num_particles}: a larger batch draws more time-steps"
         )
+    if name == "enumeration" and config.num_particles != 1:
+        raise ConfigError(
+            f"num_particles: expected num_particles=1 with enumeration, which draws nothing, got {config.num_particles}"
+        )
+    if name == "enumeration" and isinstance(pair, CategoricalVAE):
+        try:
+            refuse_too_many(pair.num_latents, pair.num_classes)
+        except TooManyStatesError as error:
+            raise ConfigError(f"objective: {error}") from None
     if (name == "hybrid") != (config.auxiliary_weight is not None):
         raise ConfigError(
             f"auxiliary_weight: expected with objective hybrid and only there, got {config.auxiliary_weight} with {name!r}"

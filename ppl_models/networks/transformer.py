@@ -60,7 +60,7 @@ class TransformerDenoiser(Denoiser):
             raise ValueError(
                 f"expected layers, heads >= 1 and a width that heads divide, got layers={layers}, heads={heads}, width={width}"
             )
-        if neighbours is not None and (neighbours < 1 or neighbours % 2 == 0):
+        if neighbours is not None and (type(neighbours) is not int or neighbours < 1 or neighbours % 2 == 0):
             raise ValueError(f"expected an odd number of neighbours, or None for no convolution, got {neighbours}")
         self.width = width
         self.heads = heads

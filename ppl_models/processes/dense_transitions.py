@@ -35,7 +35,8 @@ class DenseTransitions(Transitions):
         stationary: pi ``[K]``, the prior p(x_T); uniform if None.
 
     Raises:
-        ValueError: matrices that are not row-stochastic, a law that they do not leave unchanged, or tables too large.
+        ValueError: matrices that are not row-stochastic, a law that they do not leave unchanged or that x_T
+            does not reach (infinite L_T), or tables too large.
 
     Example:
         >>> step = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
@@ -66,13 +67,26 @@ class DenseTransitions(Transitions):
         law = (
             matrices.new_full((classes,), 1 / classes) if stationary is None else stationary.detach().to(torch.float64)
         )
+        if law.shape != (classes,):
+            raise ValueError(f"expected a stationary law of shape [{classes}], got {list(law.shape)}")
         moved = (law @ matrices - law).abs().amax(-1)
-        if law.shape != (classes,) or bool((moved > _ROW_SUM_TOLERANCE).any()):
+        if not bool((moved <= _ROW_SUM_TOLERANCE).all()):
             raise ValueError(
                 f"expected a stationary law, pi Q_t = pi at every step, but step {int(moved.argmax()) + 1} moves it by "
                 f"{float(moved.max()):.3g}: pass the law that all Q_t share as stationary"
             )
+        if bool((law < 0).any()) or not float(law.sum()) > 0:
+            raise ValueError(
+                f"expected a stationary law of probabilities, got {law.tolist()}: pass numbers >= 0, not all zero"
+            )
         self._set_tables(matrices.log(), (law / law.sum()).log())
+        if bool(self._prior_divergence.isinf().any()):
+            row = int(self._prior_divergence.isinf().nonzero()[0])
+            raise ValueError(
+                f"expected q(x_T | x_0) within the support of the stationary law, but from x_0 = {row} it reaches classes to "
+                "which that gives no probability, so L_T = KL(q(x_T | x_0) || p(x_T)) would be infinite: let the last step end "
+                "in the stationary law, or take more steps"
+            )
 
     def _set_tables(self, log_steps: Tensor, log_stationary: Tensor) -> None:
         """The state that every subclass ends its construction with: log Q_t, log Qbar_t, log pi."""

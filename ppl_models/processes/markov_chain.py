@@ -157,7 +157,15 @@ class MarkovChain:
 
         Returns:
             The paths, int64 ``[*particles, B, n + 1]``. Impossible steps score minus infinity, exactly.
+
+        Raises:
+            ValueError: states outside 0..K-1, paths of another length, a negative number of steps, or no law ``initial``.
+            TypeError: paths that are not int64.
         """
+        if num_steps < 0:
+            raise ValueError(f"expected num_steps >= 0, got {num_steps}: a chain runs forwards")
+        if paths is not None:
+            self._check_paths(paths)
         log_step = self.matrix.T.log()
         observed = [None] * (num_steps + 1) if paths is None else list(paths.unbind(-1))
         if len(observed) != num_steps + 1:
@@ -170,10 +178,24 @@ class MarkovChain:
                 states.append(x)
         return torch.stack(torch.broadcast_tensors(*states), -1)
 
+    def _check_paths(self, paths: Tensor) -> None:
+        if paths.dtype != torch.long:
+            raise TypeError(f"expected paths of states (int64), got {paths.dtype}: convert with .long()")
+        outside = (paths < 0) | (paths >= self.num_states)
+        if outside.any():
+            raise ValueError(
+                f"expected states in 0..{self.num_states - 1}, got {int(paths[outside][0])}: recode the states, or give the "
+                "chain more"
+            )
+
     def _law(self, probabilities: Tensor) -> Tensor:
         law = torch.as_tensor(probabilities, dtype=torch.float64)
         sums = law.sum(-1)
-        if law.shape[-1:] != (self.num_states,) or bool((law < 0).any()) or bool(((sums - 1).abs() > _TOLERANCE).any()):
+        if (
+            law.shape[-1:] != (self.num_states,)
+            or not bool((law >= 0).all())
+            or not bool(((sums - 1).abs() <= _TOLERANCE).all())
+        ):
             raise ValueError(
                 f"expected probabilities of shape [..., {self.num_states}], >= 0 and summing to one, got shape "
                 f"{list(law.shape)} with sums from {float(sums.min()):.6g} to {float(sums.max()):.6g}: normalise them"

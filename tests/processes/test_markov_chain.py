@@ -195,6 +195,17 @@ def test_steps_of_a_discrete_diffusion_are_instances(transitions):
             ValueError,
             "paths of 4 states, x_0 to x_3, got 2",
         ),
+        (lambda: MarkovChain(_random(2)).model(-1, torch.tensor([1.0, 0])), ValueError, "num_steps >= 0, got -1"),
+        (lambda: MarkovChain(_random(2)).model(1, torch.tensor([0.5, torch.nan])), ValueError, "summing to one"),
+        *(
+            (lambda path=path: MarkovChain(_random(2)).model(1, torch.tensor([1.0, 0]), torch.tensor([path])), *refusal)
+            for path, refusal in (
+                ([2, 0], (ValueError, r"states in 0..1, got 2: recode")),
+                ([0, 2], (ValueError, r"states in 0..1, got 2: recode")),
+                ([-1, 0], (ValueError, r"states in 0..1, got -1: recode")),
+                ([0.0, 1.0], (TypeError, r"paths of states \(int64\), got torch.float")),
+            )
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(call, error, match):

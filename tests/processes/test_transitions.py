@@ -17,6 +17,7 @@ from tests.oracles.categorical_diffusion import absorbing_matrices, gaussian_mat
 
 K, T = 5, 6
 SOME = [0.05, 0.2, 0.1, 0.6, 0.3, 1.0]
+HALF_ABSORBED = torch.tensor([[[0.5, 0.5], [0.0, 1.0]]])
 POINTS = torch.tensor([[0.0, 0.0], [1.0, 0.1], [0.3, 1.0], [2.0, 2.0], [1.2, 1.4]])
 
 KINDS = {
@@ -266,6 +267,13 @@ def _tensor(value: object) -> object:
         (lambda: DenseTransitions(torch.tensor([[[0.9, 0.2], [0.1, 0.8]]])), "row 0 of Q_1 .* sum is 1.1"),
         (lambda: DenseTransitions(torch.tensor([[[1.2, -0.2], [0.1, 0.9]]])), "row 0 of Q_1"),
         (lambda: DenseTransitions(torch.tensor([[[0.9, 0.1], [0.5, 0.5]]])), "step 1 moves it by"),
+        (
+            lambda: DenseTransitions(HALF_ABSORBED, torch.tensor([0.0, 1.0])),
+            r"from x_0 = 0 it reaches .* would be infinite",
+        ),
+        (lambda: DenseTransitions(HALF_ABSORBED, torch.tensor([0.0, 1.0, 0.0])), r"law of shape \[2\], got \[3\]"),
+        (lambda: DenseTransitions(HALF_ABSORBED, torch.tensor([0.0, torch.nan])), "step 1 moves it by nan"),
+        (lambda: DenseTransitions(torch.eye(2)[None], torch.tensor([-0.5, 1.5])), "a stationary law of probabilities"),
         (lambda: uniform(3, 5).dense(0), "t in 1..5, got 0"),
         (lambda: uniform(3, 5).cumulative(6), "t in 0..5, got 6"),
         (lambda: uniform(3, 5).log_transition(torch.tensor([3]), torch.tensor(1)), "x in 0..2, got 3"),

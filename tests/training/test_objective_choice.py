@@ -150,6 +150,11 @@ def test_the_temperature_falls_over_the_run():
         (_ddpm, {"timesteps": "loss_second_moment", "processes": 2}, r"timesteps: expected stratified or uniform"),
         (_categorical, {"objective": "enumeration", "num_particles": 2}, r"num_particles=1 with enumeration"),
         (
+            lambda: CategoricalVAE.preset((3,), Bernoulli(), num_latents=400, num_classes=10, hidden=(4,)),
+            {"objective": "enumeration"},
+            r"objective: expected at most 65536 values to sum over, got K\^M = 10\^400 = 1.00e\+400",
+        ),
+        (
             lambda: HVAE.preset((3,), Normal(), (2, 2), hidden=(4,)),
             {"kl_warmup_epochs": (1.0, 2.0, 3.0)},
             r"kl_warmup_epochs: expected one number, or one for each latent site \(z_2, z_1\), got 3",
@@ -160,7 +165,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
     x = torch.ones(8, 3)
     with pytest.raises(ConfigError, match=match):
         fit(build(), x, tmp_path / "run", progress=False, **options)
-    assert not (tmp_path / "run" / "metrics.csv").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_warm_up_by_layer_weights_each_rate():
