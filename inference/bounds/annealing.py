@@ -118,7 +118,8 @@ def annealed_evidence(
     Raises:
         ValueError: fewer than one chain, temperature or leapfrog step, or an unknown schedule or start.
         PairError: programs that cannot be annealed (no data plate, a discrete latent, ...); the message names the site.
-        EvidenceError: a datum of which every chain has weight zero; the message names it.
+        EvidenceError: a datum of which every chain has weight zero, or one an infinite weight; the message names it.
+        PairError: the guide, if chains start there, draws latents outside the model's support; the message names the site.
         NotANumberError: a log-density is NaN at the first draws; the message names site and datum.
 
     Example:
@@ -258,6 +259,12 @@ class Path:
                     acceptance = acceptance + moved.acceptance.mean(0) / (last - 1)
                     diverged = diverged + moved.diverged.double().mean(0) / (last - 1)
                 progress.advance()
+        bad = (log_weights.isnan() | (log_weights == torch.inf)).any(0).reshape(self.shape).nonzero()
+        if len(bad):
+            raise EvidenceError(
+                f"expected weights that are numbers, got an infinite or undefined one for datum {bad[0].tolist()}: a site or "
+                "factor of the model gives an infinite log-density there"
+            )
         return log_weights, TransitionMeans(acceptance, diverged)
 
     def step_size_at(self, i: int) -> Tensor:

@@ -29,7 +29,7 @@ from torch.distributions import biject_to
 from inference.bounds.hmc import State
 from inference.bounds.particles import Particles, Plan, Program, collect, located_draw
 from inference.bounds.sites import PARTICLES, PairError, Site, is_deterministic, sample_sites
-from inference.bounds.support import ZeroOutsideSupport, opts_out
+from inference.bounds.support import ZeroOutsideSupport, in_support, opts_out
 
 Start = Literal["guide", "prior"]
 
@@ -121,11 +121,14 @@ class LatentDensity:
         rows = []
         for name, layout in self.layouts.items():
             site = particles.model[name]
+            inside = in_support(
+                site["fn"], site["value"]
+            )  # first, for the inverse of an interval's map clamps what is outside
             block = biject_to(site["fn"].support).inv(site["value"])
-            if not bool(block.isfinite().all()):
+            if not bool(inside.all()) or not bool(block.isfinite().all()):
                 raise PairError(
                     f"expected latents inside the model's support at site {name!r}, got a value on or outside its border: "
-                    "give model and guide laws of the same support there"
+                    "give model and guide laws of the same support there, or start from the prior"
                 )
             rows.append(layout.flatten(block, count))
         return torch.cat(rows, -1)

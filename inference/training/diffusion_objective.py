@@ -100,6 +100,7 @@ class DiffusionLoss(nn.Module):
         self.auxiliary_weight = auxiliary_weight
         self.sampler = SAMPLERS[timesteps](pair.num_timesteps)
         network = {id(parameter) for parameter in pair.network.parameters()}
+        self._checked = False
         self._decoder_learns = any(id(parameter) not in network for parameter in pair.parameters())
 
     @property
@@ -110,6 +111,7 @@ class DiffusionLoss(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The objective of each datum of ``x`` ``[B, *data_shape]``: ``[B]``, nats with weights "vlb"."""
+        self._check(x)
         t = self.sampler(len(x), x.device)
         weight = self.sampler.weight(t)
         bound, auxiliary = self._at(x, t, self._rows(t), self.weights != "simple", self.weights != "vlb")
@@ -117,6 +119,7 @@ class DiffusionLoss(nn.Module):
 
     def step(self, x: Tensor) -> DiffusionStep:
         """:meth:`forward` and :meth:`terms` from the same draws and one network call, for a training loop that shows both."""
+        self._check(x)
         t = self.sampler(len(x), x.device)
         weight = self.sampler.weight(t)
         bound, auxiliary = self._at(x, t, self._rows(t), True, self.weights != "vlb")
@@ -129,6 +132,7 @@ class DiffusionLoss(nn.Module):
         ``x_T`` (with its number): -L_T, exact. ``x_t``: -L_t / p_t of the t drawn, where t >= 1. ``x_0``: the same where
         t = 0. So minus the first two is a rate in expectation, and minus the last the distortion.
         """
+        self._check(x)
         t = self.sampler(len(x), x.device)
         bound, _ = self._at(x, t, self._rows(t), True, False)
         return self._terms(x, t, self.sampler.weight(t), bound)
@@ -139,7 +143,21 @@ class DiffusionLoss(nn.Module):
         Args:
             x: ``[B, *data_shape]``.
             t: int64 ``[B]``, each in 0..T.
+
+        Raises:
+            ValueError: a t outside 0..T.
+            TypeError: t is not int64.
         """
+        last = self.pair.num_timesteps
+        if not isinstance(t, Tensor) or t.dtype != torch.long:
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"expected t as int64 tensor of steps 0..{last}, got {got}: use torch.tensor(t)")
+        outside = (t < 0) | (t > last)
+        if bool(outside.any()):
+            raise ValueError(
+                f"expected t in 0..{last}, got {int(t[outside][0])}: L_0 to L_{last} are the bound's terms"
+            )
+        self._check(x)
         inner = t.clamp(max=self.pair.num_timesteps - 1)
         bound, _ = self._at(x, inner, None, True, False)
         return torch.where(t == self.pair.num_timesteps, self._prior_matching(x), bound)
@@ -152,6 +170,12 @@ class DiffusionLoss(nn.Module):
         """The options, for ``print(loss)``."""
         hybrid = "" if self.auxiliary_weight is None else f", auxiliary_weight={self.auxiliary_weight}"
         return f"weights={self.weights!r}, timesteps={self.timesteps!r}{hybrid}"
+
+    def _check(self, x: Tensor) -> None:
+        """Refuses data that the pair gives no probability to, in the first batch: later ones are the caller's to keep alike."""
+        if not self._checked and not shapes_are_fixed():
+            self.pair.check_data(x)
+            self._checked = True
 
     def _objective(self, x: Tensor, t: Tensor, weight: Tensor, bound: Tensor, auxiliary: Tensor) -> Tensor:
         mean = 1 / self.pair.num_timesteps  # the auxiliary loss is a mean over t, the bound a sum

@@ -176,12 +176,17 @@ class GaussianProcess(nn.Module):
         return gathered.reshape((*t.shape, *[1] * n))
 
     def number(self, name: str, t: int) -> float:
-        """The same coefficient as a number, without a look at the device; t in 1..T.
+        """The same coefficient as a number, without a look at the device.
+
+        Raises:
+            ValueError: t outside 1..T.
 
         Example:
             >>> round(GaussianProcess(NoiseSchedule.from_betas([0.1, 0.19]), ()).number("sqrt_alpha", 2), 6)
             0.9
         """
+        if not 1 <= t <= self.num_timesteps:
+            raise ValueError(f"expected t in 1..{self.num_timesteps}, got {t}")
         value = float(getattr(self.schedule, name.removeprefix("sqrt_"))[t - 1])
         return math.sqrt(value) if name.startswith("sqrt_") else value
 

@@ -245,6 +245,7 @@ class AbsorbingTransitions(_Mixing):
 
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         """See the base class: zero, all is absorbed."""
+        self._check(x_0, x_0.new_ones(()))
         return torch.zeros_like(x_0, dtype=self._log_stationary.dtype)
 
     def _drawn_anew(self, like: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from inference.bounds import annealing, latent_density
 from inference.bounds.annealing import Path, annealed_evidence, temperatures
 from inference.bounds.bidirectional import bidirectional_evidence
 from inference.bounds.hmc import HamiltonianKernel
+from inference.bounds.importance import EvidenceError
 from inference.bounds.latent_density import LatentDensity
 from inference.bounds.particles import make_plan
+from inference.bounds.sites import PairError
 from ppl_models import VAE, LinearGaussian
 from ppl_models.likelihoods import Normal
 from tests.bounds.annealing_programs import (
@@ -358,3 +360,52 @@ def test_chains_may_start_where_the_model_has_no_density():
     for seed in range(2):
         a = annealed_evidence(model, guide, x, num_chains=64, num_temperatures=10, num_leapfrog=3, seed=seed)
         assert ((a.log_lower - exact).abs() < 6 * a.std_error).all()
+
+
+def _uniform_and_guide(low, high):
+    """z ~ U(0, 1), x ~ N(z, 1/2); the guide draws z from U(low, high)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(torch.full((len(x),), low), high))
+
+    return model, guide
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 2.0), (0.0, 2.0), (2.0, 3.0)])
+def test_a_guide_that_draws_outside_the_models_interval_is_refused(low, high):
+    """Not moved onto its border, where its density would count."""
+    model, guide = _uniform_and_guide(low, high)
+    with pytest.raises(PairError, match=r"inside the model's support at site 'z'.*or start from the prior"):
+        annealed_evidence(model, guide, torch.tensor([0.1, 0.5]), num_chains=16, num_temperatures=5)
+
+
+@pytest.mark.parametrize("start", ["guide", "prior"])
+def test_an_interval_is_right_where_the_guide_keeps_to_it(start):
+    model, guide = _uniform_and_guide(*((0.0, 1.0) if start == "guide" else (-1.0, 2.0)))
+    x = torch.tensor([0.1, 0.5, 0.9])
+    unit = torch.distributions.Normal(0.0, 1.0)
+    exact = (unit.cdf((1 - x) / 0.5) - unit.cdf(-x / 0.5)).log()
+    a = annealed_evidence(model, guide, x, num_chains=256, num_temperatures=5, start=start)
+    assert ((a.log_lower - exact).abs() < 6 * a.std_error).all()
+
+
+@pytest.mark.filterwarnings("ignore:Encountered .inf:UserWarning")  # Pyro's own, before the refusal
+def test_an_infinite_factor_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("f", torch.where(x > 0.3, torch.inf, 0.0) + 0 * z)
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    with pytest.raises(EvidenceError, match=r"an infinite or undefined one for datum \[1\]"):
+        annealed_evidence(model, guide, torch.tensor([0.1, 0.5]), num_chains=16, num_temperatures=5)

@@ -271,3 +271,24 @@ def test_float32_and_gradients_of_all_parameters():
 def test_bad_calls_are_refused(call, error, match):
     with pytest.raises(error, match=match):
         call(pairs.tanh_ddpm())
+
+
+@pytest.mark.parametrize("weights", ["vlb", "simple"])
+@pytest.mark.parametrize("call", ["forward", "step", "terms"])
+def test_data_without_probability_are_refused_whatever_t_is_drawn(weights, call):
+    for bad in (2 * pairs.pixels(), pairs.pixels() + 0.03):
+        loss = DiffusionLoss(pairs.tanh_ddpm(), weights=weights)
+        with pytest.raises(ValueError, match=r"evenly spaced values in \[-1, 1\]"):
+            getattr(loss, call)(bad)
+        getattr(loss, call)(pairs.pixels())  # twin: data on the grid are taken
+
+
+def test_terms_that_there_are_not_are_refused():
+    pair, x = pairs.linear((0.1, 0.2)), pairs.points(4)
+    for t in (3, -1):
+        with pytest.raises(ValueError, match=rf"t in 0..2, got {t}: L_0 to L_2"):
+            DiffusionLoss(pair).term(x, torch.full((4,), t))
+    with pytest.raises(TypeError, match=r"int64 tensor of steps 0..2, got int"):
+        DiffusionLoss(pair).term(x, 2)
+    with pytest.raises(ValueError, match=r"t in 1..2, got 0"):
+        pair.process.number("alpha", 0)
