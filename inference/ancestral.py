@@ -23,60 +23,20 @@ The one constraint: memory holds one state of the chain, and what ``keep`` asks 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from inference.bounds.particles import forked_rng
 from inference.progress import Progress
-from inference.respacing import respaced
+from inference.reverse_chain import make_chain
 from inference.training.noise import noise_seed, seed_noise
-from ppl_models.ddpm import DDPM
-from ppl_models.diffusion import Diffusion
+from inference.trajectory import Trajectory, joined
 from ppl_models.pair import ModelGuidePair
 from ppl_models.processes import GaussianProcess
 
 __all__ = ["Interpolation", "Trajectory", "ancestral_sample", "ancestral_trajectory", "interpolation"]
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """Samples, and what was kept on the way down to them.
-
-    Attributes:
-        x_0: the samples, ``[N, *data_shape]``.
-        states: x_t by t, for the t asked for; t as in the pair, also if respaced.
-        predictions: x_0-hat(x_t, t) by t, before any clipping, for those of them with t >= 1.
-        timesteps: the t that were visited, falling, 0 included; empty for a pair that is no diffusion.
-        eta: as given.
-        clip: the range that x_0-hat was clamped to, or None.
-        clipped: by t, the share of the entries of x_0-hat that the clamp moved.
-    """
-
-    x_0: Tensor
-    states: dict[int, Tensor] = field(default_factory=dict)
-    predictions: dict[int, Tensor] = field(default_factory=dict)
-    timesteps: tuple[int, ...] = ()
-    eta: float = 1.0
-    clip: tuple[float, float] | None = None
-    clipped: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def law(self) -> str:
-        """In a sentence, which law the samples come from."""
-        changes = []
-        if self.timesteps and self.timesteps != tuple(range(self.timesteps[0], -1, -1)):
-            changes.append(f"respaced to {len(self.timesteps) - 1} of {self.timesteps[0]} steps")
-        if self.eta != 1:
-            changes.append(f"DDIM with eta = {self.eta:g}")
-        if self.clip is not None:
-            worst = max(self.clipped.values(), default=0.0)
-            low, high = self.clip
-            changes.append(f"x_0-hat clipped to [{low:g}, {high:g}], {100 * worst:.3g} % of it at most")
-        return "the model's own law" if not changes else "not the model's own law: " + ", ".join(changes)
 
 
 def ancestral_sample(
@@ -146,7 +106,7 @@ def ancestral_trajectory(
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"expected a whole {name} >= 1, got {value!r}")
-    chain = _chain(pair, steps, eta, clip, keep)
+    chain = make_chain(pair, steps, eta, clip, keep)
     counts = [len(part) for part in torch.arange(num_samples).split(batch_size or num_samples)]
     device = next(pair.parameters(), torch.empty(0)).device
     modes = [(module, module.training) for module in pair.modules()]
@@ -164,7 +124,7 @@ def ancestral_trajectory(
     finally:
         for module, mode in modes:
             module.training = mode
-    return _joined(runs, counts)
+    return joined(runs, counts)
 
 
 @dataclass(frozen=True)
@@ -203,155 +163,4 @@ def interpolation(process: GaussianProcess) -> Interpolation:
         schedule.posterior_weight_x_t,
         schedule.posterior_weight_x_0,
         schedule.posterior_variance.sqrt(),
-    )
-
-
-class _Whole:
-    """A pair that is no diffusion: its model, run forward."""
-
-    length = 1
-
-    def __init__(self, pair: ModelGuidePair) -> None:
-        self.pair = pair
-
-    def run(self, count: int, progress: Progress) -> Trajectory:
-        x = self.pair.model(size=count)
-        progress.advance()
-        return Trajectory(x)
-
-
-class _Chain:
-    """A diffusion's chain, step by step; ``timesteps`` are the fine chain's t_1 < t_2 < ... of the steps of ``pair``."""
-
-    def __init__(
-        self,
-        pair: Diffusion,
-        timesteps: Sequence[int],
-        eta: float,
-        clip: tuple[float, float] | None,
-        keep: Sequence[int],
-    ) -> None:
-        self.pair, self.timesteps = pair, (0, *timesteps)
-        self.eta, self.clip, self.keep = eta, clip, frozenset(keep)
-        self.length = len(timesteps)
-
-    def run(self, count: int, progress: Progress) -> Trajectory:
-        """One batch from x_T to x_0."""
-        states: dict[int, Tensor] = {}
-        predictions: dict[int, Tensor] = {}
-        clipped: dict[int, Tensor] = {}
-        x_t = self.pair.process.prior().expand((count,))()
-        for i in range(self.length, 0, -1):
-            fine = self.timesteps[i]
-            t = torch.full(
-                (1,), i, device=x_t.device
-            )  # of one dim, so that no table is indexed by a number on the host
-            output = self.pair.denoise(x_t, t)
-            if fine in self.keep:
-                states[fine] = x_t
-                predictions[fine] = self.pair.predict_x_0(output, x_t, t)
-            if self.clip is not None and i > 1:
-                x_0 = self.pair.predict_x_0(output, x_t, t)
-                clipped[fine] = (x_0 != x_0.clamp(*self.clip)).double().mean()
-            x_t = self._down(output, x_t, t, i) if i > 1 else self._last(output, x_t, t)
-            progress.advance()
-        if 0 in self.keep:
-            states[0] = x_t
-        shares = {step: float(share) for step, share in clipped.items()}
-        return Trajectory(x_t, states, predictions, self.timesteps[::-1], self.eta, self.clip, shares)
-
-    def _down(self, output: Tensor, x_t: Tensor, t: Tensor, i: int) -> Tensor:
-        """x_{t-1} given x_t, t >= 2; i is t as a number."""
-        if self.eta == 1 and self.clip is None:
-            return self.pair.draw_previous(output, x_t, i)
-        process: Any = self.pair.process
-        x_0 = self.pair.predict_x_0(output, x_t, t)
-        if self.clip is not None:
-            x_0 = x_0.clamp(*self.clip)
-        if self.eta == 1:
-            own = self.pair.reverse_law(output, x_t, t)
-            return dist.Normal(process.posterior_mean(x_t, x_0, t), own.base_dist.scale)()
-        c = {
-            name: process.coefficient(name, t, x_t)
-            for name in ("posterior_variance", "marginal_variance", "marginal_variance_previous", "alpha_bar_previous")
-        }
-        variance = self.eta**2 * c["posterior_variance"]
-        eps = (x_t - process.coefficient("sqrt_alpha_bar", t, x_t) * x_0) / c["marginal_variance"].sqrt()
-        mean = c["alpha_bar_previous"].sqrt() * x_0 + (c["marginal_variance_previous"] - variance).sqrt() * eps
-        return mean if self.eta == 0 else dist.Normal(mean, variance.sqrt().expand_as(mean))()
-
-    def _last(self, output: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
-        """x_0 given the chain's last latent."""
-        if self.eta == 1:
-            return self.pair.reconstruction_law(output, x_1)()
-        x_0 = self.pair.predict_x_0(output, x_1, t)
-        return x_0 if self.clip is None else x_0.clamp(*self.clip)
-
-
-def _chain(
-    pair: ModelGuidePair,
-    steps: int | Sequence[int] | None,
-    eta: float,
-    clip: tuple[float, float] | None,
-    keep: Sequence[int],
-) -> _Whole | _Chain:
-    """The chain to run down, with the options checked."""
-    changed = steps is not None or eta != 1 or clip is not None
-    if not isinstance(pair, Diffusion):
-        if changed or keep:
-            raise ValueError(
-                f"expected steps, eta, clip and keep with a diffusion only, got a {type(pair).__name__}: leave them out"
-            )
-        return _Whole(pair)
-    if changed and not isinstance(pair, DDPM):
-        raise ValueError(
-            f"expected steps, eta and clip with a DDPM only, got a {type(pair).__name__}: its law has no Gaussian steps; "
-            "leave them out"
-        )
-    if not 0 <= eta <= 1:
-        raise ValueError(f"expected eta in [0, 1], from deterministic to ancestral, got {eta}")
-    if clip is not None and not clip[0] < clip[1]:
-        raise ValueError(f"expected clip=(low, high) with low < high, got {clip}")
-    timesteps = _timesteps(steps, pair.num_timesteps)
-    strangers = sorted(set(keep) - {0, *timesteps})
-    if strangers:
-        raise ValueError(
-            f"expected keep among the steps that are visited, 0 and {', '.join(map(str, timesteps[:8]))}"
-            f"{', ...' if len(timesteps) > 8 else ''}, got {strangers}"
-        )
-    coarse = pair if steps is None else respaced(pair, timesteps)  # type: ignore[arg-type]
-    return _Chain(coarse, timesteps, eta, clip, keep)
-
-
-def _timesteps(steps: int | Sequence[int] | None, last: int) -> list[int]:
-    """The t that are visited, rising."""
-    if steps is None:
-        return list(range(1, last + 1))
-    if isinstance(steps, int):
-        if not 1 <= steps <= last:
-            raise ValueError(f"expected between 1 and T = {last} steps, got {steps}")
-        return [last] if steps == 1 else torch.linspace(1, last, steps, dtype=torch.float64).round().long().tolist()
-    chosen = sorted(int(t) for t in steps)
-    if not chosen or chosen[-1] != last or chosen[0] < 1 or len(set(chosen)) < len(chosen):
-        raise ValueError(
-            f"expected steps as a number or as distinct timesteps in 1..{last} with {last} among them, where the prior is, "
-            f"got {list(steps)}"
-        )
-    return chosen
-
-
-def _joined(runs: list[Trajectory], counts: list[int]) -> Trajectory:
-    """The batches as one trajectory."""
-    first = runs[0]
-    if len(runs) == 1:
-        return first
-    total = sum(counts)
-    return Trajectory(
-        torch.cat([run.x_0 for run in runs]),
-        {t: torch.cat([run.states[t] for run in runs]) for t in first.states},
-        {t: torch.cat([run.predictions[t] for run in runs]) for t in first.predictions},
-        first.timesteps,
-        first.eta,
-        first.clip,
-        {t: sum(run.clipped[t] * n for run, n in zip(runs, counts, strict=True)) / total for t in first.clipped},
     )

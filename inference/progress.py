@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from inference.uncompiled import left_alone
+
 QUIET_SECONDS = 2.0
 LINE_SECONDS = 10.0
 
@@ -35,10 +37,12 @@ class Progress:
         self._bar: Any = None
         self._start = self._last_line = 0.0
 
+    @left_alone
     def __enter__(self) -> Progress:
         self._start = self._last_line = time.monotonic()
         return self
 
+    @left_alone
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:

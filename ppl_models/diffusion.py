@@ -80,7 +80,7 @@ class Diffusion(ModelGuidePair, ABC):
         output_shape: shape of the network's output for one datum.
 
     Raises:
-        ValueError: the network returns an array of another shape; found at construction by one pass of one datum.
+        ValueError: the network returns an array of another shape; found at construction by one pass of two data.
         TypeError: the network does not return a tensor.
     """
 
@@ -97,7 +97,7 @@ class Diffusion(ModelGuidePair, ABC):
         self.output_shape = torch.Size(output_shape)
         discrete = self.process.prior().support.is_discrete
         dtype = torch.int64 if discrete else reference.dtype
-        self._check_network(torch.zeros(1, *self.data_shape, dtype=dtype, device=reference.device))
+        self._check_network(torch.zeros(2, *self.data_shape, dtype=dtype, device=reference.device))
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -264,7 +264,7 @@ class Diffusion(ModelGuidePair, ABC):
                 output = self.denoise(x, self._time(1, x))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ValueError(
-                f"expected network(x_t, t) to take x_t of shape {list(x.shape)} and t of shape [1], but it fails "
+                f"expected network(x_t, t) to take x_t of shape {list(x.shape)} and t of shape [2], but it fails "
                 f"({' '.join(str(error).split())[:120]}): match its first layer"
             ) from error
         finally:
@@ -275,9 +275,9 @@ class Diffusion(ModelGuidePair, ABC):
                 f"expected the network to return one tensor of shape [..., {', '.join(map(str, self.output_shape))}], got "
                 f"{type(output).__name__}: return the tensor itself"
             )
-        if output.shape != (1, *self.output_shape):
+        if output.shape != (2, *self.output_shape):
             raise ValueError(
-                f"expected the network's output for one datum to have shape {[1, *self.output_shape]}, got "
+                f"expected the network's output for two data to have shape {[2, *self.output_shape]}, got "
                 f"{list(output.shape)}: match its last layer to the data and to what it predicts"
             )
 

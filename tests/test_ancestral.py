@@ -4,6 +4,7 @@ z-tests hold at most 6.5 standard errors of some ten thousand draws: a false fai
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pyro.distributions as dist
@@ -317,6 +318,41 @@ def test_a_compiled_network():
     pair.network.forward = lambda x_t, t: body(torch.cat([x_t, (t[..., None] / 20).to(x_t.dtype)], -1))
     assert torch.allclose(ancestral_sample(pair, 4, seed=0), expected)
     assert len(compiled) == 1
+
+
+def preset_ddpm(num_timesteps: int, variance: str = "learned") -> DDPM:
+    """With one of the library's networks, which does not count its calls."""
+    torch.manual_seed(0)
+    return DDPM.preset((2,), Normal(), num_timesteps, network="mlp", hidden=8, blocks=1, variance=variance)  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (preset_ddpm, {}),
+        (partial(preset_ddpm, variance="beta"), {}),
+        (preset_ddpm, {"steps": 9, "eta": 0.5}),
+        (preset_ddpm, {"clip": (-0.5, 0.5)}),
+        (pairs.d3pm, {}),
+    ],
+    ids=["learned variance", "variance beta", "DDIM", "clipped", "D3PM"],
+)
+def test_the_compiled_sampler(make, options):
+    """The same numbers, and graphs of the network alone, which serve every t: compiled once, however long the chain."""
+    pair = make(num_timesteps=20)
+    ordinary = ancestral_sample(pair, 4, seed=0, **options)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(ancestral_sample, backend=backend)(pair, 4, seed=0, **options)
+    assert torch.allclose(compiled, ordinary)
+    assert 1 <= len(graphs) <= 3
+    torch._dynamo.reset()
 
 
 def test_interpolation_weights_are_those_of_004_and_the_printed_ones_are_not():

@@ -381,13 +381,14 @@ def test_the_sampling_update_in_the_letters_of_004():
         (lambda: ddpm(betas=(0.5, 1.0)), ValueError, "expected alpha_bar_T > 0 with predict='eps', got 0"),
         (lambda: ddpm(likelihood=Bernoulli()), TypeError, "a location and a scale, got Bernoulli"),
         (lambda: ddpm(likelihood=Categorical(4)), TypeError, "a location and a scale, got Categorical"),
-        (lambda: ddpm(network=Network(2)), ValueError, r"to have shape \[1, 3\], got \[1, 3, 2\]"),
-        (lambda: ddpm(variance="learned", network=Network()), ValueError, r"to have shape \[1, 3, 2\], got \[1, 3\]"),
+        (lambda: ddpm(network=Network(2)), ValueError, r"two data to have shape \[2, 3\], got \[2, 3, 2\]"),
+        (lambda: ddpm(variance="learned", network=Network()), ValueError, r"to have shape \[2, 3, 2\], got \[2, 3\]"),
         (
             lambda: DDPM(Network(), NoiseSchedule(BETAS), (4,)),
             ValueError,
-            r"to take x_t of shape \[1, 4\] and t of shape \[1\], but it fails \(mat1 and mat2",
+            r"to take x_t of shape \[2, 4\] and t of shape \[2\], but it fails \(mat1 and mat2",
         ),
+        (lambda: ddpm(network=FirstDatumOnly()), ValueError, r"two data to have shape \[2, 3\], got \[1, 3\]"),
         (lambda: ddpm(network=Pair()), TypeError, "one tensor of shape .*, got tuple: return the tensor itself"),
         (
             lambda: preset(schedule="quadratic"),
@@ -406,6 +407,11 @@ def test_the_sampling_update_in_the_letters_of_004():
 def test_bad_arguments_are_refused_at_construction(build, error, match):
     with pytest.raises(error, match=match):
         build()
+
+
+class FirstDatumOnly(nn.Module):
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t[:1]
 
 
 class Pair(nn.Module):

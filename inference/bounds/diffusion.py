@@ -31,6 +31,7 @@ from inference.bounds.seeded_draws import Streams, row_seeds, widened
 from inference.bounds.sites import NotANumberError
 from inference.bounds.terms import SiteTerm
 from inference.progress import Progress
+from ppl_models.data_checks import refuse_other_than_tensor
 from ppl_models.diffusion import Diffusion
 
 __all__ = ["DiffusionDecomposition", "decompose_diffusion"]
@@ -67,7 +68,7 @@ def decompose_diffusion(
         :class:`DiffusionDecomposition`, nats, terms of shape [B]; sites from ``x_T`` down to ``x_0``.
 
     Raises:
-        TypeError: not a diffusion.
+        TypeError: not a diffusion, or data that are no tensor.
         ValueError: data of another shape or outside the support, timesteps outside 0..T or repeated, or counts below one.
         NotANumberError: a term is NaN; the message names site and datum.
 
@@ -89,6 +90,7 @@ def decompose_diffusion(
         raise TypeError(
             f"expected a diffusion such as DDPM, got {type(pair).__name__}: use decompose_elbo for other pairs"
         )
+    refuse_other_than_tensor(x_0, "x_0")
     if x_0.dim() != len(pair.data_shape) + 1:
         raise ValueError(f"expected x_0 of shape [B, {', '.join(map(str, pair.data_shape))}], got {list(x_0.shape)}")
     pair.batch_size(x_0)

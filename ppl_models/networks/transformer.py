@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from ppl_models.networks.denoiser import Denoiser, starting_at_zero
+from ppl_models.networks.denoiser import Denoiser, rows_of, starting_at_zero
 from ppl_models.networks.time_embedding import TimeEmbedding
 
 _INITIAL_SCALE = 0.02
@@ -80,11 +80,7 @@ class TransformerDenoiser(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Class indices and t to the logits of x_0."""
         batch = self.batch_shape(x_t)
-        if x_t.dtype != torch.long:
-            raise TypeError(
-                f"expected class indices (int64) x_t, got {x_t.dtype}: use ResidualMLP or UNet for real values"
-            )
-        h = self.token(x_t.reshape(-1, self.size)) + self.place
+        h = rows_of(self.token.weight, x_t.reshape(-1, self.size)) + self.place
         if self.time is not None:
             h = h + self.time(t).expand(*batch, -1).reshape(-1, 1, self.width)
         if self.convolution is not None:

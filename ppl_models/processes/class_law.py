@@ -40,6 +40,17 @@ class ClassLaw(dist.Categorical):
             k = torch.searchsorted(below, draws, right=True).clamp(max=below.shape[-1] - 1)  # K only where all is NaN
             return k.movedim(-1, 0).reshape(u.shape)
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(k), nats.
+
+        Raises:
+            TypeError: values that are no int64.
+            ValueError: with validation on, a class outside 0..K-1.
+        """
+        if value.dtype != torch.int64:
+            raise TypeError(f"expected class indices as int64, got {value.dtype}: convert with .long()")
+        return super().log_prob(value)
+
     def expand(self, batch_shape: torch.Size, _instance: ClassLaw | None = None) -> ClassLaw:
         """The same law for each entry of a larger batch."""
         return ClassLaw(logits=self.logits.expand(*batch_shape, self.logits.shape[-1]), validate_args=False)

@@ -260,6 +260,7 @@ def test_a_nan_is_named():
     ("call", "error", "match"),
     [
         (lambda p, x: decompose_diffusion(LinearGaussian.random(2, 1), x), TypeError, "use decompose_elbo"),
+        (lambda p, x: decompose_diffusion(p, x.tolist()), TypeError, "x_0: expected a tensor, got list"),
         (lambda p, x: decompose_diffusion(p, x[0]), ValueError, r"x_0 of shape \[B, 2\]"),
         (lambda p, x: decompose_diffusion(p, x[:, :1]), ValueError, "reshape the data"),
         (lambda p, x: decompose_diffusion(p, x + 0.1), ValueError, "evenly spaced values"),

@@ -173,5 +173,11 @@ def test_classes_and_real_values_are_not_confused():
 def test_classes_enter_one_hot_and_only_known_ones():
     network = ResidualMLP((2,), hidden=4, num_classes=3)
     assert network.features(torch.tensor([[0, 2]])).tolist() == [[[1, 0, 0], [0, 0, 1]]]
-    with pytest.raises(IndexError, match="out of range"):
-        network.features(torch.tensor([[0, 3]]))
+
+
+@pytest.mark.parametrize("wrong", [3, -1])
+def test_classes_that_a_network_does_not_know_are_refused(wrong):
+    for network in (ResidualMLP((2,), hidden=4, num_classes=3), TransformerDenoiser((2,), 3, width=8, layers=1)):
+        with pytest.raises(ValueError, match=rf"expected class indices in 0\.\.2 as x_t, got {wrong}: make"):
+            network(torch.tensor([[0, wrong]]), torch.tensor(1))
+        network(torch.tensor([[0, 2]]), torch.tensor(1))
