@@ -568,6 +568,6 @@ def test_bad_input_is_refused_in_one_sentence(call, error, match):
 def test_float_data_are_refused_by_the_model_too(kind):
     pair = _pair(kind)
     for program in (pair.model, pair.guide, pair.posterior_guide):
-        with pytest.raises(TypeError, match="expected .* as int64, got torch.float64"):
+        with pytest.raises(TypeError, match=r"expected .* as int64, got torch.float64"):
             poutine.trace(program).get_trace(torch.zeros(2, D)).compute_log_prob()
         poutine.trace(program).get_trace(torch.zeros(2, D).long()).compute_log_prob()
