@@ -281,7 +281,7 @@ class DDPM(Diffusion):
         prediction, c = self._prediction(output), partial(self.process.coefficient, t=t, like=x_t)
         match self.predict:
             case "eps":
-                target = torch.addcmul(x_t, c("sqrt_alpha_bar"), x_0, value=-1) / c("sqrt_marginal_variance")
+                target = torch.addcmul(x_t, c("sqrt_alpha_bar"), x_0, value=-1).div_(c("sqrt_marginal_variance"))
             case "x_0":
                 target = x_0.expand(x_t.shape)
             case _:

@@ -114,7 +114,8 @@ class DiffusionLoss(nn.Module):
         self._check(x)
         t = self.sampler(len(x), x.device)
         weight = self.sampler.weight(t)
-        bound, auxiliary = self._at(x, t, self._rows(t), self.weights != "simple", self.weights != "vlb")
+        simple = self.weights == "simple"
+        bound, auxiliary = self._at(x, t, None if simple else self._rows(t), not simple, self.weights != "vlb")
         return self._objective(x, t, weight, bound, auxiliary)
 
     def step(self, x: Tensor) -> DiffusionStep:

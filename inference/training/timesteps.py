@@ -45,7 +45,7 @@ class TimestepSampler(nn.Module, ABC):
 
     def weight(self, t: Tensor) -> Tensor:
         """1 / p_t, the shape of ``t``, float64."""
-        return self.probabilities(t.device)[t].reciprocal()
+        return torch.full(t.shape, self.num_timesteps, dtype=torch.float64, device=t.device)
 
     def most_of_one(self, count: int) -> int:
         """The most data of a batch of ``count`` that can have the same t."""
@@ -128,6 +128,10 @@ class LossSecondMoment(TimestepSampler):
         informed = (self.count.to(device) >= self.memory).all() & (total > 0)
         share = root / torch.where(informed, total, torch.ones_like(total))
         return torch.where(informed, (1 - self.uniform_share) * share + self.uniform_share * uniform, uniform)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """See the base class."""
+        return self.probabilities(t.device)[t].reciprocal()
 
     def observe(self, t: Tensor, loss: Tensor) -> None:
         """See the base class."""

@@ -133,8 +133,9 @@ class GaussianProcess(nn.Module):
 
     def sample_marginal(self, x_0: Tensor, t: Tensor) -> Tensor:
         """A draw from :meth:`marginal`: sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps."""
-        loc = self.coefficient("sqrt_alpha_bar", t, x_0) * x_0
-        return torch.addcmul(loc, self.coefficient("sqrt_marginal_variance", t, x_0), torch.randn_like(loc))
+        level, std = self.coefficient("sqrt_alpha_bar", t, x_0), self.coefficient("sqrt_marginal_variance", t, x_0)
+        eps = torch.randn(torch.broadcast_shapes(x_0.shape, std.shape), dtype=x_0.dtype, device=x_0.device)
+        return eps.mul_(std).addcmul_(level, x_0)  # in place: two passes over the data
 
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || p(x_T)) = (A |x_0|^2 - D (A + log(1 - A))) / 2 with A = alpha-bar_T, ``[*batch]`` nats."""

@@ -89,19 +89,26 @@ def gradient_of(pair: nn.Module, loss: Callable[[], Tensor]) -> Call:
 
 def growth(options: argparse.Namespace) -> None:
     """DiffusionLoss by T."""
-    x = make_data(options.batch, options)
-    for weights in ("simple", "vlb"):
-        calls = {}
-        for last in LENGTHS:
-            loss = DiffusionLoss(make_pair("mlp", last, options), weights=weights)
-            calls[f"T = {last}"] = gradient_of(loss, partial(loss, x))
-        compare(f"growth, {weights}, mlp, batch {options.batch}", calls, "T = 100", options)
-        if options.compiled:
-            for last in LENGTHS:
-                loss = DiffusionLoss(make_pair("mlp", last, options), weights=weights)
-                fast = compile_objective(loss, x)
-                calls[f"T = {last}"] = gradient_of(loss, partial(fast, x))
-            compare(f"growth, {weights}, mlp, batch {options.batch}, compiled", calls, "T = 100", options)
+    for network in options.networks:
+        size = batch_of(network, options)
+        x = make_data(size, options)
+        for weights in ("simple", "vlb"):
+            losses = {
+                last: DiffusionLoss(make_pair(network, last, options), weights=weights)  # type: ignore[arg-type]
+                for last in LENGTHS
+            }
+            title = f"growth, {weights}, {network}, batch {size}"
+            calls = {f"T = {last}": gradient_of(loss, partial(loss, x)) for last, loss in losses.items()}
+            compare(title, calls, "T = 100", options)
+            if options.compiled:
+                fast = {last: compile_objective(loss, x) for last, loss in losses.items()}
+                calls = {f"T = {last}": gradient_of(losses[last], partial(fast[last], x)) for last in LENGTHS}
+                compare(f"{title}, compiled", calls, "T = 100", options)
+
+
+def batch_of(network: str, options: argparse.Namespace) -> int:
+    """U-Nets take an eighth of the batch."""
+    return options.batch if network == "mlp" else options.batch // 8
 
 
 def simple_by_hand(ddpm: DDPM, x: Tensor) -> Tensor:
@@ -134,7 +141,7 @@ def step(options: argparse.Namespace) -> None:
 
 def step_of(network: str, options: argparse.Namespace) -> None:
     """:func:`step` for one network."""
-    size = options.batch if network == "mlp" else options.batch // 8
+    size = batch_of(network, options)
     x, pair = make_data(size, options), make_pair(network, 1000, options)
     t = torch.randint(1, 1001, (size,), device=x.device)
     losses = {weights: DiffusionLoss(pair, weights=weights) for weights in ("simple", "vlb")}
@@ -175,7 +182,7 @@ def sampler(options: argparse.Namespace) -> None:
 
 def sampler_of(network: str, last: int, options: argparse.Namespace) -> None:
     """:func:`sampler` for one network and T."""
-    size = options.batch if network == "mlp" else options.batch // 8
+    size = batch_of(network, options)
     x, pair = make_data(size, options), make_pair(network, last, options).eval()
     t = torch.full((size,), 1, device=x.device)
 
