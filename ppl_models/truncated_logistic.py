@@ -27,7 +27,7 @@ from ppl_models.processes.transitions import shapes_are_fixed
 __all__ = ["TruncatedLogistic", "logistic_logits"]
 
 _SCALE_SHIFT = 2.0  # so that a network that returns zero means a scale of e^-2 on [-1, 1], neither a spike nor flat
-_PIECE = 2**15  # numbers at a time, which stay in a core's cache and in memory that is in use already
+_PIECE = 2**16  # numbers at a time, which stay in a core's cache and in memory that is in use already
 _SHARPEST = -60.0  # log-scale below which nothing changes: a point on one value, long before float32 overflows
 _FLAT = 1e-30  # a precision at which all classes have the same probability, in float64 too
 

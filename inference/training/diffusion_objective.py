@@ -221,19 +221,19 @@ class DiffusionLoss(nn.Module):
         elif process.num_timesteps > 1:
             # a harmless step where t = 0, and not taken there
             divergence = pair.step_divergence(output, x_0, x_next, (t + 1).clamp(min=2))
-        if with_bound:
-            bound = torch.where(t > 0, divergence, self._reconstruction(output, x_0, x_next, t, rows))
+        if with_bound and rows is not None and not len(rows):  # no t = 0, and laws refuse an empty batch
+            bound = divergence
+        elif with_bound:
+            bound = torch.where(t > 0, divergence, self._reconstruction(output, x_0, x_next, rows))
         return bound, auxiliary
 
-    def _reconstruction(self, output: Tensor, x_0: Tensor, x_1: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
+    def _reconstruction(self, output: Tensor, x_0: Tensor, x_1: Tensor, rows: Tensor | None) -> Tensor:
         """-log p(x_0 | x_1), ``[B]``, right where t = 0."""
         if rows is None:
             return -self.pair.reconstruction_law(output, x_1).log_prob(x_0)
-        if not len(rows):  # laws refuse an empty batch
-            return output.new_zeros(len(t))
         few_outputs, few_x_1, few_x_0 = (each.index_select(0, rows) for each in (output, x_1, x_0))
         few = -self.pair.reconstruction_law(few_outputs, few_x_1).log_prob(few_x_0)
-        return few.new_zeros(len(t)).index_copy(0, rows, few)
+        return few.new_zeros(len(x_0)).index_copy(0, rows, few)
 
     def _rows(self, t: Tensor) -> Tensor | None:
         """Indices that hold all data with t = 0: of a fixed number where a graph is traced, exactly those otherwise."""

@@ -7,7 +7,7 @@
     bound       decompose_diffusion beside the obvious loop over t, one draw per term and datum
     program     Trace_ELBO on the full chain of T sites beside a single term: why one trains on single terms
 
-Contenders take turns, in an order that rotates, and a ratio is formed within a round, so that what else the machine does
+Contenders take turns, in an order drawn for each round, and a ratio is formed within a round, so that other work on the machine
 cancels; medians, with the quartiles of the ratio behind. A step here is zero_grad, loss and gradient; optimisers cost all
 contenders the same. What needs diffusers is left out, with a word, where it is not installed.
 
@@ -23,6 +23,7 @@ import argparse
 import importlib
 import importlib.util
 import math
+import random
 import statistics
 import time
 import warnings
@@ -283,9 +284,9 @@ def compare(
     repeats = {name: _repeats(call, options.device) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for number in range(options.rounds):
-        turn = number % len(names)
-        for name in [*names[turn:], *names[:turn]]:
+    shuffle = random.Random(0)
+    for _ in range(options.rounds):
+        for name in shuffle.sample(names, len(names)):  # what one leaves in caches and heap falls on all others
             _wait(options.device)
             start = clock()
             for _ in range(repeats[name]):

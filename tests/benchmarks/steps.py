@@ -14,7 +14,7 @@ Adam, in one fused operation as ``fit`` has it.
 JitTrace_ELBO needs parameters in Pyro's global store, where no pair here has them: it is given them there, for the VAEs of
 continuous latents. On the single-term programs it compiled for ten seconds at every call, so others go without it.
 
-Contenders take turns, in an order that rotates, and a ratio is formed within its round, so that what else the machine does
+Contenders take turns, in an order drawn for each round, and a ratio is formed within its round, so that other work on the machine
 cancels; medians, with the quartiles of the ratio behind. Every contender works on a copy of the same pair, so its mean loss
 shows whether it trains alike (a diffusion's SVI shows the mean of a single term of the bound). With --memory also the peak of a
 process of its own, less what it held before the step; on CUDA the peak that torch allocates.
@@ -32,6 +32,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -161,9 +162,9 @@ def measure(family: str, size: int, options: argparse.Namespace) -> dict[str, fl
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in names}
     losses: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(options.rounds):
-        first = turn % len(names)
-        for name in [*names[first:], *names[:first]]:
+    shuffle = random.Random(0)
+    for _ in range(options.rounds):
+        for name in shuffle.sample(names, len(names)):
             _wait(options.device)
             start = clock()
             value = running[name]()
