@@ -14,11 +14,10 @@ Adam, in one fused operation as ``fit`` has it.
 JitTrace_ELBO needs parameters in Pyro's global store, where no pair here has them: it is given them there, for the VAEs of
 continuous latents. On the single-term programs it compiled for ten seconds at every call, so others go without it.
 
-Contenders take turns, in an order drawn for each round, and a ratio is formed within its round, so that other work on the
-machine cancels; medians, with the quartiles of the ratio behind. Every contender works on a copy of the same pair, so its mean loss
-shows whether it trains alike (a diffusion's SVI shows the mean of a single term of the bound). With --memory also the peak of a
-process of its own, less what it held before the step; on CUDA the peak that torch allocates.
-
+Contenders take turns, in an order drawn for each round, and a ratio is formed within its round, so that other work on
+the machine cancels; medians, with the quartiles of the ratio behind. Every contender works on a copy of the same pair, so
+its mean loss shows whether it trains alike (a diffusion's SVI shows the mean of a single term of the bound). With --memory
+also the peak of a process of its own, less what it held before the step; on CUDA the peak that torch allocates.
     python -m tests.benchmarks.steps [--families vae hvae ddpm ...] [--batches 20 128 512] [--rounds 30] [--threads 0]
         [--device cpu] [--mode reduce-overhead] [--clock wall|cpu] [--memory] [--only NAME ...]
 
