@@ -50,6 +50,7 @@ class Stepper:
         long = total_steps >= enough and config.processes == 1
         self.wanted = self.required or (config.compile == "auto" and long)
         self.fast: CompiledObjective | None = None
+        self._said_partial = False
 
     def __call__(self, x: Tensor) -> Any:
         """The objective and the terms of a batch, see :class:`TrainingStep`.
@@ -57,7 +58,12 @@ class Stepper:
         Raises:
             ConfigError: a loss that cannot be compiled, with ``compile="on"``.
         """
-        if not self.wanted or len(x) != self.full_batch:
+        if not self.wanted:
+            return self.loss.step(x)
+        if len(x) != self.full_batch:
+            if not self._said_partial:
+                self._said_partial = True
+                self.say(f"batches of {len(x)}, the last of an epoch, run uncompiled")
             return self.loss.step(x)
         if self.fast is None:
             self._compile(x)

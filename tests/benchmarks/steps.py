@@ -18,6 +18,7 @@ Contenders take turns, in an order drawn for each round, and a ratio is formed w
 the machine cancels; medians, with the quartiles of the ratio behind. Every contender works on a copy of the same pair, so
 its mean loss shows whether it trains alike (a diffusion's SVI shows the mean of a single term of the bound). With --memory
 also the peak of a process of its own, less what it held before the step; on CUDA the peak that torch allocates.
+
     python -m tests.benchmarks.steps [--families vae hvae ddpm ...] [--batches 20 128 512] [--rounds 30] [--threads 0]
         [--device cpu] [--mode reduce-overhead] [--clock wall|cpu] [--memory] [--only NAME ...]
 

@@ -74,6 +74,13 @@ def test_a_cut_compiled_run_ends_the_same(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole.pair.parameters(), resumed.pair.parameters(), strict=True))
 
 
+def test_the_smaller_last_batch_is_said_to_run_uncompiled_once(capsys):
+    sentence = "batches of 8, the last of an epoch, run uncompiled"
+    for count, times in ((40, 1), (32, 0)):
+        fit(_vae(), torch.randn(count, 3), epochs=3, batch_size=16, compile="on")
+        assert capsys.readouterr().err.count(sentence) == times
+
+
 def test_auto_compiles_runs_that_win_the_cost_back():
     loss, said = object(), []
     for device, enough in (("cpu", CPU_STEPS), ("cuda", CUDA_STEPS)):
