@@ -105,29 +105,39 @@ class NoiseSchedule:
         self._refuse_unusable()
 
     @classmethod
-    def linear(cls, num_timesteps: int) -> NoiseSchedule:
-        """beta_t evenly spaced from 1e-4 * 1000/T to 0.02 * 1000/T: the schedule of DDPM, scaled to T steps.
+    def linear(cls, num_timesteps: int, first: float | None = None, last: float | None = None) -> NoiseSchedule:
+        """beta_t evenly spaced from ``first`` to ``last``, those of DDPM scaled to T steps unless given.
 
-        Source: Ho, Jain, Abbeel 2020 (arXiv:2006.11239, section 4) at T = 1000; the factor 1000/T keeps
-        alpha-bar_T near 4e-5 for other T (Nichol and Dhariwal 2021's code).
+        Source: Ho, Jain, Abbeel 2020 (arXiv:2006.11239, section 4): 1e-4 to 0.02 at T = 1000. The factor 1000/T keeps
+        alpha-bar_T near 4e-5 for other T (Nichol and Dhariwal 2021's code), from T = 21: for fewer, beta_T would be 1 or more,
+        and both ends are to be given.
 
         Args:
-            num_timesteps: T >= 21; below, the last beta would be 1 or more.
+            num_timesteps: T >= 1.
+            first: beta_1; 0.1/T unless given.
+            last: beta_T; 20/T unless given. The only one at T = 1.
 
         Raises:
-            ValueError: T is too small.
+            ValueError: T is too small for DDPM's own ends, or betas outside (0, 1).
             TypeError: T is not an int.
+
+        Example:
+            >>> NoiseSchedule.linear(3, first=0.1, last=0.5).beta
+            tensor([0.1000, 0.3000, 0.5000], dtype=torch.float64)
         """
         _check_num_timesteps(num_timesteps)
-        if _LINEAR_LAST / num_timesteps >= 1:
+        if last is None and _LINEAR_LAST / num_timesteps >= 1:
             raise ValueError(
-                f"expected num_timesteps >= {math.floor(_LINEAR_LAST) + 1} for the linear schedule, whose last beta is "
-                f"20/T, got {num_timesteps} (beta_T = {_LINEAR_LAST / num_timesteps:g}): take more steps or the cosine "
-                "schedule"
+                f"expected num_timesteps >= {math.floor(_LINEAR_LAST) + 1} for DDPM's linear schedule, whose last beta is "
+                f"20/T, got {num_timesteps} (beta_T = {_LINEAR_LAST / num_timesteps:g}): take more steps, the cosine "
+                "schedule, or give first and last"
             )
-        first, last = _LINEAR_FIRST / num_timesteps, _LINEAR_LAST / num_timesteps
-        beta = torch.linspace(first, last, num_timesteps, dtype=torch.float64, device="cpu")
-        return cls(beta)._named("linear")
+        ends = {"first": first, "last": last}
+        first = _LINEAR_FIRST / num_timesteps if first is None else first
+        last = _LINEAR_LAST / num_timesteps if last is None else last
+        schedule = cls(_evenly(first, last, num_timesteps))._named("linear")
+        schedule._config |= {name: float(value) for name, value in ends.items() if value is not None}
+        return schedule
 
     @classmethod
     def cosine(cls, num_timesteps: int) -> NoiseSchedule:
@@ -165,12 +175,12 @@ class NoiseSchedule:
         suits 16 steps across [-1, 1]. At -7.5 the prior matching costs under 3e-4 nats a dimension.
 
         Args:
-            num_timesteps: T >= 2.
-            first_log_snr: log SNR of x_1.
+            num_timesteps: T >= 1.
+            first_log_snr: log SNR of x_1, if T > 1.
             last_log_snr: log SNR of x_T, below that of x_1.
 
         Raises:
-            ValueError: T is below two, or the log SNR does not fall.
+            ValueError: T is below one, or the log SNR does not fall.
             TypeError: T is not an int.
 
         Example:
@@ -178,13 +188,11 @@ class NoiseSchedule:
             tensor([ 2.,  0., -2.], dtype=torch.float64)
         """
         _check_num_timesteps(num_timesteps)
-        if num_timesteps < 2:
-            raise ValueError(f"expected num_timesteps >= 2 for the geometric schedule, got {num_timesteps}")
         if not first_log_snr > last_log_snr:
             raise ValueError(
                 f"expected first_log_snr > last_log_snr, got {first_log_snr} and {last_log_snr}: swap them"
             )
-        log_snr = torch.linspace(first_log_snr, last_log_snr, num_timesteps, dtype=torch.float64, device="cpu")
+        log_snr = _evenly(first_log_snr, last_log_snr, num_timesteps)
         log_alpha_bar = torch.nn.functional.logsigmoid(log_snr)
         schedule = cls(-torch.expm1(log_alpha_bar - _shifted(log_alpha_bar, 0.0)))._named("geometric")
         schedule._config |= {"first_log_snr": float(first_log_snr), "last_log_snr": float(last_log_snr)}
@@ -313,7 +321,8 @@ class NoiseSchedule:
         if self._config["name"] == "betas":
             return f"NoiseSchedule.from_betas([{self.beta[0]:.6g}, ..., {self.beta[-1]:.6g}], T={self.num_timesteps})"
         rescaled = ".with_zero_terminal_snr()" if self._config["zero_terminal_snr"] else ""
-        return f"NoiseSchedule.{self._config['name']}({self.num_timesteps}){rescaled}"
+        ends = "".join(f", {name}={self._config[name]:g}" for name in ("first", "last") if name in self._config)
+        return f"NoiseSchedule.{self._config['name']}({self.num_timesteps}{ends}){rescaled}"
 
     def _named(self, name: str) -> NoiseSchedule:
         self._config = {"name": name, "num_timesteps": self.num_timesteps, "zero_terminal_snr": False}
@@ -373,6 +382,12 @@ def _check_num_timesteps(num_timesteps: int) -> None:
         )
     if num_timesteps < 1:
         raise ValueError(f"expected num_timesteps >= 1, got {num_timesteps}: a diffusion has at least one step")
+
+
+def _evenly(first: float, last: float, count: int) -> Tensor:
+    """[count] float64 from ``first`` to ``last``; ``last`` if there is but one, so that a single step ends where all do."""
+    first = last if count == 1 else first
+    return torch.linspace(first, last, count, dtype=torch.float64, device="cpu")
 
 
 def _shifted(table: Tensor, first: float) -> Tensor:

@@ -20,6 +20,11 @@ NAMED = {
     "linear-100": NoiseSchedule.linear(100),
     "linear-1000": NoiseSchedule.linear(1000),
     "linear-4000": NoiseSchedule.linear(4000),
+    "linear-1": NoiseSchedule.linear(1, last=0.99),
+    "linear-10": NoiseSchedule.linear(10, first=1e-3, last=0.9),
+    "geometric-1": NoiseSchedule.geometric(1),
+    "geometric-2": NoiseSchedule.geometric(2),
+    "geometric-4000": NoiseSchedule.geometric(4000),
     "cosine-1": NoiseSchedule.cosine(1),
     "cosine-2": NoiseSchedule.cosine(2),
     "cosine-10": NoiseSchedule.cosine(10),
@@ -152,6 +157,21 @@ def test_linear_is_the_schedule_of_ddpm(num_timesteps):
     assert 1e-11 < schedule.alpha_bar[-1] < 1e-4
 
 
+def test_linear_goes_between_given_ends():
+    schedule = NoiseSchedule.linear(10, first=1e-3, last=0.9)
+    np.testing.assert_allclose(schedule.beta, np.linspace(1e-3, 0.9, 10), rtol=1e-14)
+    assert torch.equal(NoiseSchedule.from_config(**json.loads(json.dumps(schedule.config()))).beta, schedule.beta)
+    assert repr(schedule) == "NoiseSchedule.linear(10, first=0.001, last=0.9)"
+    assert NoiseSchedule.linear(1, 0.1, 0.9).beta.tolist() == [0.9]
+
+
+def test_a_single_geometric_step_ends_where_many_do():
+    """log SNR -7.5 is alpha-bar_T = sigmoid(-7.5), by hand."""
+    for steps in (1, 2, 4000):
+        assert float(NoiseSchedule.geometric(steps).alpha_bar[-1]) == pytest.approx(1 / (1 + math.exp(7.5)), rel=1e-9)
+    assert float(NoiseSchedule.geometric(1, -1, -2).alpha_bar[-1]) != pytest.approx(1 / (1 + math.exp(1)), rel=1e-2)
+
+
 @pytest.mark.parametrize("num_timesteps", [1, 2, 10, 1000, 4000])
 def test_cosine_is_the_schedule_of_improved_ddpm(num_timesteps):
     def f(t: int):
@@ -243,11 +263,13 @@ REFUSED = [
         lambda: NoiseSchedule.from_stds([0.5, 1.5]),
         r"std_t in \(0, 1\).*got std_2 = 1.5: pass standard deviations; variances",
     ),
-    (lambda: NoiseSchedule.linear(20), r"num_timesteps >= 21 for the linear schedule.*got 20 \(beta_T = 1\)"),
-    (lambda: NoiseSchedule.linear(1), r"got 1 \(beta_T = 20\): take more steps or the cosine"),
+    (lambda: NoiseSchedule.linear(20), r"num_timesteps >= 21 for DDPM's linear schedule.*got 20 \(beta_T = 1\)"),
+    (lambda: NoiseSchedule.linear(1), r"got 1 \(beta_T = 20\): take more steps, the cosine schedule, or give first"),
+    (lambda: NoiseSchedule.linear(9, first=0.1, last=1.5), r"beta_t in \(0, 1\), .*got beta_7 = "),
+    (lambda: NoiseSchedule.linear(9, first=0.0, last=0.5), r"beta_t in \(0, 1\), .*got beta_1 = 0"),
     (lambda: NoiseSchedule.linear(0), r"num_timesteps >= 1, got 0"),
     (lambda: NoiseSchedule.cosine(-3), r"num_timesteps >= 1, got -3"),
-    (lambda: NoiseSchedule.geometric(1), r"num_timesteps >= 2 for the geometric schedule, got 1"),
+    (lambda: NoiseSchedule.geometric(0), r"num_timesteps >= 1, got 0"),
     (lambda: NoiseSchedule.geometric(9, -1, 1), r"first_log_snr > last_log_snr, got -1 and 1: swap them"),
     (lambda: NoiseSchedule([1e-40, 0.1]), r"beta_t >= 1.2e-38.*got beta_1 = 1e-40"),
     (lambda: NoiseSchedule.from_stds([1e-30]), r"std_t >= 1.1e-19.*got std_1 = 1e-30"),
