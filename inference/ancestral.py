@@ -93,6 +93,7 @@ def ancestral_trajectory(
             option that the pair has no meaning for.
 
     Example:
+        >>> from ppl_models import DDPM
         >>> from ppl_models.likelihoods import Normal
         >>> from ppl_models.processes import NoiseSchedule
         >>> class Zero(torch.nn.Module):
