@@ -110,11 +110,13 @@ def test_under_ddp_it_is_the_loss_under_ddp(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["inductor", "none"])
 def test_fit_in_two_processes_is_the_same_compiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], compiler: str
 ) -> None:
-    """Full batches of 3 + 3 in the graph, a last one of 1 + 1 without; no C++ compiler, which would take a minute."""
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    """Full batches of 3 + 3 in the graph, a last one of 1 + 1 without; also where there is no C++ compiler."""
+    if compiler == "none":
+        monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     runs = {}
     for how, seed in (("off", 0), ("on", 0), ("other", 1)):
@@ -123,7 +125,9 @@ def test_fit_in_two_processes_is_the_same_compiled(
         options = {"epochs": 2, "batch_size": 6, "processes": WORLD, "seed": seed, "gradient_clip": 1.0}
         run = fit(pair, points(20), compile=compile_, **options)
         runs[how] = torch.cat([p.detach().flatten() for p in pair.parameters()]), run.metrics
-    assert "runs uncompiled, for the compiler failed" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert ("runs uncompiled, for the compiler failed" in said) == (compiler == "none")
+    assert ("; compiled for x of shape [3, 5]" in said) == (compiler == "inductor")
     torch.testing.assert_close(runs["on"][0], runs["off"][0], rtol=1e-9, atol=1e-11)
     for fast, plain in zip(runs["on"][1], runs["off"][1], strict=True):
         assert fast == pytest.approx(plain, rel=1e-9)
