@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -34,5 +34,6 @@ def left_alone(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     # a code object of its own: the compiler gives up on one that it has compiled for too many functions
-    call.__code__ = call.__code__.replace(co_name=function.__name__)
+    alone: Any = call
+    alone.__code__ = alone.__code__.replace(co_name=function.__name__)
     return call

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +34,7 @@ from torch.utils._pytree import tree_flatten
 
 from inference.bounds.particles import forked_rng
 from inference.training.flat_graph import Backend, FlatGraph, InPlaceError, Sample
+from inference.training.inductor import compile_graph, options_of
 from inference.training.module_state import ModuleState
 from inference.training.traceability import NotTraceableError, check_same, explain, gradients_of_sum
 
@@ -99,9 +99,7 @@ def compile_objective(
         raise TypeError(f"expected example data as one tensor, got {type(example).__name__}")
     options: dict[str, Any] = {}
     if backend == "inductor":
-        options = {"fallback_random": True} | (
-            _options_of(mode) if mode else {}
-        )  # eager torch's stream of random numbers
+        options = options_of(mode)
     elif mode is not None:
         raise ValueError(f"expected a mode with backend 'inductor' only, got {mode!r} with {backend!r}")
     elif isinstance(backend, str) and backend != "eager":
@@ -207,12 +205,8 @@ class CompiledObjective(nn.Module):
             f"compiled for x of shape {list(inputs[-1].shape)} in {time.perf_counter() - started:.1f} s", logging.INFO
         )
 
-    def _inductor(self, graph: GraphModule, inputs: list[Tensor]) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch's, at what it imports itself
-            import torch._inductor
-
-            return torch._inductor.compile(graph, list(inputs), options=self._options)
+    def _inductor(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Any:
+        return compile_graph(graph, inputs, self._options)
 
     def _run(self, inputs: Any) -> Any:
         """The loss as a function of its parameters, buffers and x."""
@@ -260,14 +254,6 @@ class CompiledObjective(nn.Module):
     def _say(self, sentence: str, level: int) -> None:
         self.history.append(sentence)
         _LOG.log(level, "%s", sentence)
-
-
-def _options_of(mode: str) -> dict[str, Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        import torch._inductor
-
-        return torch._inductor.list_mode_options(mode)
 
 
 def _changed(tensor: Tensor, old: Tensor, version: int) -> bool:

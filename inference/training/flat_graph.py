@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from inference.bounds.particles import forked_rng
+from inference.training.inductor import Boxed
 
 __all__ = ["Backend", "FlatGraph", "InPlaceError", "Sample", "without_autocast"]
 
@@ -126,14 +127,14 @@ class FlatGraph:
         ]
         with torch.no_grad(), forked_rng(), without_autocast(arguments[-1].device.type):
             forward = backend(copy.deepcopy(self.forward), arguments)  # type: ignore[arg-type]
-            outputs = forward(*arguments)
+            outputs = _called(forward, list(arguments))
             backward = self.backward
             if backward is not None:
                 values = zip(outputs, self.differentiable, strict=False)
                 cotangents = [_ones_like(value) for value, differentiable in values if differentiable]
                 arguments = [*outputs[self.num_kept :], *cotangents]
                 backward = backend(copy.deepcopy(backward), arguments)  # type: ignore[arg-type]
-                backward(*arguments)
+                _called(backward, arguments)
         self.forward, self.backward = forward, backward
 
     def run_forward(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -141,17 +142,18 @@ class FlatGraph:
         if self.replays:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad(), without_autocast(inputs[-1].device.type):
-            outputs = self.forward(*inputs)
+            outputs = _called(self.forward, list(inputs))
         if self.replays:  # the next replay writes over them
             outputs = [*(value.clone() for value in outputs[: self.num_kept]), *outputs[self.num_kept :]]
         return outputs
 
-    def run_backward(self, saved: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Gradients for the inputs in :attr:`reached`."""
+    def run_backward(self, saved: list[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Gradients for the inputs in :attr:`reached`; empties ``saved``, so that what is used up can be freed."""
         assert self.backward is not None
-        given = [cotangent.contiguous() for cotangent in cotangents]
-        with without_autocast(given[0].device.type):
-            gradients = self.backward(*saved, *given)
+        arguments = [*saved, *(cotangent.contiguous() for cotangent in cotangents)]
+        saved.clear()
+        with without_autocast(arguments[-1].device.type):
+            gradients = _called(self.backward, arguments)
         return [gradient.clone() for gradient in gradients] if self.replays else gradients
 
 
@@ -176,10 +178,17 @@ class _Step(torch.autograd.Function):
             )
         graph = ctx.graph
         given = [c for c, differentiable in zip(cotangents, graph.differentiable, strict=False) if differentiable]
+        saved = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # not under retain_graph
         gradients: list[Tensor | None] = [None] * ctx.num_inputs
-        for i, gradient in zip(graph.reached, graph.run_backward(ctx.saved_tensors, given), strict=True):
+        for i, gradient in zip(graph.reached, graph.run_backward(saved, given), strict=True):
             gradients[i] = gradient
         return (None, *gradients)
+
+
+def _called(half: Callable[..., Any], arguments: list[Tensor]) -> Any:
+    """A half at its arguments; the list may be empty afterwards."""
+    return half(arguments) if isinstance(half, Boxed) else half(*arguments)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -22,6 +22,7 @@ from inference import DiffusionLoss, ElboLoss, EnumeratedLoss, ImportanceWeighte
 from inference.training import compilation
 from inference.training.compilation import NotTraceableError, compile_objective
 from inference.training.flat_graph import InPlaceError
+from inference.training.inductor import Boxed
 from inference.training.relaxed_objective import GumbelSoftmaxLoss, StraightThroughLoss
 from ppl_models import VAE, ModelGuidePair
 from ppl_models.likelihoods import Bernoulli
@@ -203,6 +204,34 @@ def test_gradients_accumulate_as_in_the_loss_itself():
             (weight * objective(x)).mean().backward()
         found.append([p.grad.clone() for p in loss.parameters()])
     assert agree([found[0]], [found[1]])
+
+
+def boxed(graph, example):
+    """A compiler whose functions take a list and empty it, as inductor's do."""
+
+    def call(tensors):
+        arguments = list(tensors)
+        tensors.clear()
+        return graph(*arguments)
+
+    return Boxed(call)
+
+
+@pytest.mark.parametrize("backend", ["eager", boxed, pytest.param("inductor", marks=pytest.mark.slow)])
+def test_activations_live_until_the_gradient_unless_they_are_to_be_kept(backend):
+    loss, x = vae_loss()
+    fast = compile_objective(loss, x, backend=backend)
+    kept = []
+    for objective in (fast, loss):
+        torch.manual_seed(0)
+        value = objective(x).sum()
+        first = torch.autograd.grad(value, list(loss.parameters()), retain_graph=True)
+        again = torch.autograd.grad(value, list(loss.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(value, list(loss.parameters()))
+        kept.append(first)
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(*kept, strict=True))
 
 
 def test_data_may_take_a_gradient_and_a_second_derivative_is_refused():
