@@ -23,6 +23,7 @@ check: lint types test doctests
 
 bench: .venv/ready
 	$(BIN)/python -m tests.benchmarks.steps
+	$(BIN)/python -m tests.benchmarks.anatomy
 	$(BIN)/python -m tests.benchmarks.diffusion
 	$(BIN)/python -m tests.benchmarks.discrete
 	$(BIN)/python -m tests.benchmarks.evidence
