@@ -33,6 +33,7 @@ from inference.progress import Progress
 from inference.reverse_chain import make_chain
 from inference.training.noise import noise_seed, seed_noise
 from inference.trajectory import Trajectory, joined
+from inference.whole_numbers import whole_number
 from ppl_models.pair import ModelGuidePair
 from ppl_models.processes import GaussianProcess
 
@@ -79,7 +80,8 @@ def ancestral_trajectory(
         num_samples: N.
         steps: how many steps to take, spread evenly over 1..T with T among them, or the timesteps themselves, each in
             1..T and T among them; None: all.
-        eta: in [0, 1]; see the module.
+        eta: in [0, 1]; see the module. The family ends in the model's own law for ``variance="posterior"``, whose sigma_t^2 is
+            beta-tilde_t; with other variances eta = 1, the model's own, is a step away from any eta below it.
         clip: (low, high) for x_0-hat, such as (-1, 1); None: the model as it is.
         keep: which t in 0..T to keep x_t and x_0-hat of.
         seed: of the draws, the caller's random state being restored; None goes on with torch's generators.
@@ -89,6 +91,8 @@ def ancestral_trajectory(
         :class:`Trajectory`; its ``law`` says in a sentence what the samples were drawn from.
 
     Raises:
+        TypeError: steps, timesteps or a seed that are no whole numbers.
+        NotANumberError: under validation, the network returns NaN; the message names the step.
         ValueError: counts below one, ``steps`` or ``keep`` outside the chain, eta outside [0, 1], a range that is empty; or an
             option that the pair has no meaning for.
 
@@ -105,8 +109,9 @@ def ancestral_trajectory(
         ((50, 38, 26, 13, 1, 0), [1, 50], "not the model's own law: respaced to 5 of 50 steps, DDIM with eta = 0")
     """
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"expected a whole {name} >= 1, got {value!r}")
+    seed = seed if seed is None else whole_number("seed", seed)
     chain = make_chain(pair, steps, eta, clip, keep)
     counts = [len(part) for part in torch.arange(num_samples).split(batch_size or num_samples)]
     device = next(pair.parameters(), torch.empty(0)).device

@@ -16,6 +16,7 @@ import inspect
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -91,6 +92,7 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script: runs the command line and exits with its status."""
+    warnings.formatwarning = lambda message, *_, **__: f"ppl: warning: {message}\n"  # not the line of code that warns
     raise SystemExit(run(sys.argv[1:]))
 
 

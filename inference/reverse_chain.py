@@ -7,17 +7,19 @@ the network's, used at every t. What lies between is a few operations on one sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from inference.bounds.sites import NotANumberError
 from inference.progress import Progress
 from inference.respacing import respaced
 from inference.trajectory import Trajectory
 from inference.uncompiled import left_alone
+from inference.whole_numbers import whole_number, whole_numbers
 from ppl_models.ddpm import DDPM
 from ppl_models.diffusion import Diffusion
 from ppl_models.pair import ModelGuidePair
@@ -109,6 +111,10 @@ class _Walk:
     def step(self, output: Tensor) -> None:
         """From x_t to x_{t-1}, given the network's output there."""
         chain, x_t, t = self.chain, self.x_t, self.t
+        if dist.is_validation_enabled() and bool(output.isnan().any()):
+            raise NotANumberError(
+                f"expected a finite output of the network, got NaN at step {chain.timesteps[self.i]}: look at its training"
+            )
         fine = chain.timesteps[self.i]
         if fine in chain.keep:
             self.states[fine] = x_t
@@ -157,12 +163,12 @@ def make_chain(
             f"expected steps, eta and clip with a DDPM only, got a {type(pair).__name__}: its law has no Gaussian steps; "
             "leave them out"
         )
-    if not 0 <= eta <= 1:
-        raise ValueError(f"expected eta in [0, 1], from deterministic to ancestral, got {eta}")
-    if clip is not None and not clip[0] < clip[1]:
-        raise ValueError(f"expected clip=(low, high) with low < high, got {clip}")
+    if not isinstance(eta, int | float) or not 0 <= eta <= 1:
+        raise ValueError(f"expected eta in [0, 1], from deterministic to ancestral, got {eta!r}")
+    if clip is not None and not (isinstance(clip, Sequence) and len(clip) == 2 and clip[0] < clip[1]):
+        raise ValueError(f"expected clip=(low, high) with low < high, got {clip!r}")
     timesteps = _timesteps(steps, pair.num_timesteps)
-    strangers = sorted(set(keep) - {0, *timesteps})
+    strangers = sorted(set(whole_numbers("keep", keep)) - {0, *timesteps})
     if strangers:
         raise ValueError(
             f"expected keep among the steps that are visited, 0 and {', '.join(map(str, timesteps[:8]))}"
@@ -176,14 +182,15 @@ def _timesteps(steps: int | Sequence[int] | None, last: int) -> list[int]:
     """The t that are visited, rising."""
     if steps is None:
         return list(range(1, last + 1))
-    if isinstance(steps, int):
+    if not isinstance(steps, Iterable) or getattr(steps, "ndim", 1) == 0:
+        steps = whole_number("steps", steps)
         if not 1 <= steps <= last:
             raise ValueError(f"expected between 1 and T = {last} steps, got {steps}")
         return [last] if steps == 1 else torch.linspace(1, last, steps, dtype=torch.float64).round().long().tolist()
-    chosen = sorted(int(t) for t in steps)
+    chosen = sorted(whole_numbers("steps", steps))
     if not chosen or chosen[-1] != last or chosen[0] < 1 or len(set(chosen)) < len(chosen):
         raise ValueError(
             f"expected steps as a number or as distinct timesteps in 1..{last} with {last} among them, where the prior is, "
-            f"got {list(steps)}"
+            f"got {chosen}"
         )
     return chosen

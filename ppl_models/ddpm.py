@@ -87,6 +87,14 @@ class DDPM(Diffusion):
         variance: Variance = "beta",
         likelihood: Likelihood | None = None,
     ) -> None:
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"expected the network as a torch module, got {type(network).__name__}: wrap it in one")
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(
+                f"expected a NoiseSchedule, got {type(schedule).__name__}: NoiseSchedule.from_betas takes variances"
+            )
+        if isinstance(data_shape, int):
+            raise TypeError(f"expected data_shape as a sequence of sizes, got {data_shape}: write ({data_shape},)")
         if predict not in ("eps", "x_0", "mean"):
             raise ValueError(f"expected predict 'eps', 'x_0' or 'mean', got {predict!r}")
         if variance not in ("beta", "posterior", "learned"):
@@ -174,6 +182,11 @@ class DDPM(Diffusion):
             case _:
                 raise ValueError(f"expected a network among auto, mlp, unet, grid, got {network!r}")
         return cls(denoiser, steps, data_shape, predict, variance, likelihood)
+
+    @property
+    def variance_has_own_output(self) -> bool:
+        """Whether the variance is learned from numbers of which a loss of the prediction alone says nothing."""
+        return self.variance == "learned" and not isinstance(self.network, GridDenoiser)
 
     def announce_parameters(self) -> None:
         """Announces the network's parameters and the likelihood's."""

@@ -74,8 +74,8 @@ class Diffusion(ModelGuidePair, ABC):
     subclass with another law goes back to those of the laws themselves.
 
     Args:
-        network: ``network(x_t, t)``, x_t ``[..., *data_shape]`` and t int64 in 1..T of shape ``[...]`` -> output
-            ``[..., *output_shape]``.
+        network: ``network(x_t, t)``, x_t ``[N, *data_shape]`` and t int64 in 1..T of shape ``[N]`` -> output
+            ``[N, *output_shape]``.
         process: q and the prior; an ``nn.Module``.
         output_shape: shape of the network's output for one datum.
 
@@ -139,11 +139,16 @@ class Diffusion(ModelGuidePair, ABC):
     def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The network's output at (x_t, t), ``[*batch, *output_shape]``.
 
-        t is spread over the batch first, but for the library's denoisers, which embed a t that data share only once.
+        Networks see one batch axis and a t for each datum, but for the library's denoisers, which take any number of axes and
+        embed a t that data share only once.
         """
         if isinstance(self.network, Denoiser):
             return self.network(x_t, t)
-        return self.network(x_t, t.expand(x_t.shape[: x_t.dim() - len(self.data_shape)]))
+        batch = x_t.shape[: x_t.dim() - len(self.data_shape)]
+        if len(batch) == 1:
+            return self.network(x_t, t.expand(batch))
+        output = self.network(x_t.reshape(-1, *self.data_shape), t.expand(batch).reshape(-1))
+        return output.reshape(*batch, *output.shape[1:])
 
     def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), ``[*batch]`` nats, from the network's output at (x_t, t), t >= 2."""
@@ -236,8 +241,9 @@ class Diffusion(ModelGuidePair, ABC):
 
     def _draw_next(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The step t + 1 (T where t = T) and x_{t+1} ~ q(x_{t+1} | x_0), whose density counts in neither program."""
-        if t.dtype != torch.int64:
-            raise TypeError(f"expected t as an int64 tensor, got {t.dtype}: convert with .long()")
+        if not isinstance(t, Tensor) or t.dtype != torch.int64:
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"expected t as an int64 tensor, got {got}: convert with torch.as_tensor(t).long()")
         last = self.num_timesteps
         if dist.is_validation_enabled() and bool(((t < 0) | (t > last)).any()):
             raise ValueError(

@@ -28,6 +28,8 @@ from pyro.params import param_with_module_name
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
+from ppl_models.data_checks import refuse_other_than_tensor
+
 
 class ModelGuidePair(nn.Module, ABC):
     """A generative program and its guide, as one ``torch.nn.Module``.
@@ -108,7 +110,8 @@ class ModelGuidePair(nn.Module, ABC):
         """B, read from data or from ``size``.
 
         Raises:
-            ValueError: neither or both are given, ``x`` has the wrong trailing shape, or ``size`` is below one.
+            ValueError: neither or both are given, ``x`` has the wrong trailing shape or no data, or ``size`` is below one.
+            TypeError: ``x`` is no tensor.
 
         Example:
             >>> from ppl_models.linear_gaussian import LinearGaussian
@@ -121,6 +124,7 @@ class ModelGuidePair(nn.Module, ABC):
             if size < 1:
                 raise ValueError(f"expected size >= 1, got {size}: ask for at least one datum")
             return size
+        refuse_other_than_tensor(x, "x")
         n = len(self.data_shape)
         if x.dim() <= n or x.shape[x.dim() - n :] != self.data_shape:
             raise ValueError(
@@ -128,6 +132,8 @@ class ModelGuidePair(nn.Module, ABC):
                 "reshape the data, keeping one leading batch dimension"
             )
         rows = x.shape[x.dim() - n - 1]
+        if rows < 1:
+            raise ValueError(f"expected at least one datum, got x of shape {list(x.shape)}: leave out the empty batch")
         if size is not None and size != rows:
             raise ValueError(f"expected size to be left out when x is given, got size={size} and {rows} rows")
         return rows

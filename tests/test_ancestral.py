@@ -18,6 +18,7 @@ from inference.ancestral import (
     interpolation,
 )
 from inference.bounds.diffusion import decompose_diffusion
+from inference.bounds.sites import NotANumberError
 from inference.respacing import respaced
 from ppl_models import VAE, LinearGaussian
 from ppl_models.ddpm import DDPM
@@ -355,6 +356,18 @@ def test_the_compiled_sampler(make, options):
     torch._dynamo.reset()
 
 
+class NotANumberAt3(nn.Module):
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return torch.where((t == 3)[..., None], torch.nan, x_t)
+
+
+def test_a_network_that_returns_nan_is_named_with_its_step():
+    pair = DDPM(NotANumberAt3(), NoiseSchedule.cosine(8), (2,), "x_0", likelihood=Normal())
+    with pytest.raises(NotANumberError, match="got NaN at step 3: look"):
+        ancestral_sample(pair, 2)
+    ancestral_sample(pair, 2, [1, 8])  # which passes by it
+
+
 def test_interpolation_weights_are_those_of_004_and_the_printed_ones_are_not():
     """In the letters of 004: alpha = sqrt(1 - std^2), alpha-bar the running product; A and B as corrected."""
     std = np.array([0.2, 0.3, 0.5, 0.8])
@@ -396,6 +409,14 @@ def test_float32_and_discretised_data():
         (lambda: ancestral_sample(best(), 2, batch_size=0), ValueError, "whole batch_size >= 1"),
         (lambda: ancestral_sample(best(), 2, 13), ValueError, "between 1 and T = 12 steps, got 13"),
         (lambda: ancestral_sample(best(), 2, [1, 5]), ValueError, "with 12 among them"),
+        (lambda: ancestral_sample(best(), 2, [1.5, 12]), TypeError, "whole numbers as steps, got 1.5"),
+        (lambda: ancestral_sample(best(), 2, True), TypeError, "whole numbers as steps, got True"),
+        (lambda: ancestral_sample(best(), 2, 2.5), TypeError, "whole numbers as steps, got 2.5"),
+        (lambda: ancestral_sample(best(), True), ValueError, "whole num_samples >= 1, got True"),
+        (lambda: ancestral_sample(best(), 2, seed=1.5), TypeError, "whole numbers as seed, got 1.5"),
+        (lambda: ancestral_sample(best(), 2, eta="a"), ValueError, r"eta in \[0, 1\].*got 'a'"),
+        (lambda: ancestral_sample(best(), 2, clip=1.0), ValueError, "low < high, got 1.0"),
+        (lambda: ancestral_sample(best(), 2, clip=(-1, 1, 2)), ValueError, "low < high, got"),
         (lambda: ancestral_sample(best(), 2, [0, 12]), ValueError, "with 12 among them"),
         (lambda: ancestral_sample(best(), 2, [3, 3, 12]), ValueError, "distinct timesteps"),
         (lambda: ancestral_sample(best(), 2, eta=1.5), ValueError, r"eta in \[0, 1\]"),

@@ -112,6 +112,12 @@ def test_fewer_steps_and_less_noise_are_named(capsys, runs, tmp_path):
     out = succeed(capsys, "sample", runs("ddpm"), "--out", tmp_path / "x.png", *options)
     assert "not the model's own law: respaced to 4 of 12 steps, DDIM with eta = 0.5" in out
     assert (tmp_path / "film.png").is_file()
+    out = succeed(capsys, "sample", runs("ddpm"), "--out", tmp_path / "z.png", "--clip", -0.5, 0.5)
+    assert "not the model's own law: x_0-hat clipped to [-0.5, 0.5]" in out
+    refuse(
+        capsys, "sample", runs("d3pm"), "--out", tmp_path / "y.png", "--clip", -1, 1, match="--clip with a ddpm only"
+    )
+    refuse(capsys, "sample", runs("ddpm"), "--out", tmp_path / "y.png", "--clip", 1, -1, match="with low < high")
     refuse(capsys, "sample", runs("ddpm"), "--out", tmp_path / "y.png", "--steps", 13, match="at most T = 12, got 13")
     for system in ("d3pm", "hvae"):
         refuse(capsys, "sample", runs(system), "--out", tmp_path / "y.png", "--steps", 4, match="with a ddpm only, got")

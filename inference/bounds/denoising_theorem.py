@@ -33,6 +33,7 @@ from torch.distributions import kl_divergence
 
 from inference.bounds.moments import Moments
 from inference.bounds.particles import forked_rng
+from inference.whole_numbers import whole_numbers
 from ppl_models.ddpm import DDPM
 from ppl_models.processes import GaussianProcess
 
@@ -194,7 +195,7 @@ def denoising_theorem(
         >>> bool(result.gap < 0), bool(result.residual.abs() < 5 * result.residual_std_error)
         (True, True)
     """
-    steps = [int(t) for t in timesteps]
+    steps = whole_numbers("timesteps", timesteps)
     if not steps or min(steps) < 2 or max(steps) > pair.num_timesteps:
         raise ValueError(
             f"expected timesteps in 2..{pair.num_timesteps}, of the steps from t to t - 1 >= 1, got {steps}"

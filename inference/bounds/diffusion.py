@@ -31,13 +31,17 @@ from inference.bounds.seeded_draws import Streams, row_seeds, widened
 from inference.bounds.sites import NotANumberError
 from inference.bounds.terms import SiteTerm
 from inference.progress import Progress
+from inference.whole_numbers import whole_numbers
 from ppl_models.data_checks import refuse_other_than_tensor
 from ppl_models.diffusion import Diffusion
 
 __all__ = ["DiffusionDecomposition", "decompose_diffusion"]
 
-ROWS_AT_ONCE = 1024  # (timestep, particle, datum) triples in one network call
-DATA_AT_ONCE = 256  # data that share a random stream; fixed, so that no number depends on the chunk size
+ROWS_AT_ONCE = 1024  # (timestep, particle, datum) triples in one network call, unless a row is large
+DATA_AT_ONCE = 256  # data that share a random stream, likewise; fixed, so that no number depends on the chunk size
+NUMBERS_AT_ONCE = (
+    2**23
+)  # of the network's output, K for each entry of a D3PM: 64 MiB in float64, of which some ten are alive
 
 
 def decompose_diffusion(
@@ -46,7 +50,7 @@ def decompose_diffusion(
     num_particles: int = 16,
     timesteps: Sequence[int] | None = None,
     *,
-    chunk_size: int = ROWS_AT_ONCE,
+    chunk_size: int | None = None,
     seed: int | None = None,
 ) -> DiffusionDecomposition:
     """Every term L_t of a diffusion's bound, with closed forms where there are any and a standard error for each number.
@@ -61,7 +65,8 @@ def decompose_diffusion(
         x_0: data ``[B, *data_shape]``.
         num_particles: draws per term and datum; a single one leaves the errors infinite.
         timesteps: which t in 0..T; None: all. With some missing there is no bound, see :class:`DiffusionDecomposition`.
-        chunk_size: network rows at a time: memory is bounded by it whatever T, B and num_particles.
+        chunk_size: network rows at a time: memory is bounded by it whatever T, B and num_particles. None: 1024, fewer where
+            the network returns many numbers a row.
         seed: of the draws; None takes one from torch's generator.
 
     Returns:
@@ -95,19 +100,22 @@ def decompose_diffusion(
         raise ValueError(f"expected x_0 of shape [B, {', '.join(map(str, pair.data_shape))}], got {list(x_0.shape)}")
     pair.batch_size(x_0)
     pair.check_data(x_0, "x_0")
+    rows = max(1, NUMBERS_AT_ONCE // max(1, pair.output_shape.numel()))
+    data_at_once = min(DATA_AT_ONCE, rows)
+    chunk_size = min(ROWS_AT_ONCE, rows) if chunk_size is None else chunk_size
     for name, value in (("num_particles", num_particles), ("chunk_size", chunk_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"expected a whole {name} >= 1, got {value!r}")
     chosen = _falling(timesteps, pair.num_timesteps)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
-    blocks = x_0.split(DATA_AT_ONCE)
+    blocks = x_0.split(data_at_once)
     modes = [(module, module.training) for module in pair.modules()]
     pair.eval()
     try:
         with torch.no_grad(), Progress("decomposing the bound", len(blocks) * len(chosen), unit="terms") as progress:
             parts = []
             for b, block in enumerate(blocks):
-                terms = _Terms(pair, block, num_particles, chunk_size, (seed, b), progress)
+                terms = _Terms(pair, block, num_particles, chunk_size, (seed, b), b * data_at_once, progress)
                 parts.append(terms.of(chosen))
     finally:
         for module, mode in modes:
@@ -134,10 +142,11 @@ class _Terms:
         num_particles: int,
         chunk_size: int,
         place: tuple[int, int],
+        first: int,
         progress: Progress,
     ) -> None:
         self.pair, self.process, self.x_0 = pair, pair.process, x_0
-        self.num_particles, self.place, self.progress = num_particles, place, progress
+        self.num_particles, self.place, self.first, self.progress = num_particles, place, first, progress
         self.cells = max(1, chunk_size // len(x_0))  # (timestep, particle) pairs at a time
 
     def of(self, timesteps: Sequence[int]) -> dict[int, _Estimate]:
@@ -158,10 +167,10 @@ class _Terms:
             streams = Streams([row[start : start + self.cells] for row in seeds], self.x_0.device)
             count = len(seeds[0][start : start + self.cells])
             term, closed = self._draw(timesteps, count, streams)
-            _refuse_nan(term, timesteps, self.place[1])
+            _refuse(term.isnan(), timesteps, self.first)
             drawn.add(term.transpose(0, 1))
             if closed is not None:
-                _refuse_nan(closed, timesteps, self.place[1])
+                _refuse(closed.isnan(), timesteps, self.first)
                 exact.add(closed.transpose(0, 1))
                 difference.add((term - closed).transpose(0, 1))
         moments = [drawn, exact, difference] if exact.count else [drawn]
@@ -183,6 +192,8 @@ class _Terms:
             return p.log_prob(x_t) - q.log_prob(x_t), -kl_divergence(q, p)
         x_next = streams.draw(widened(process.marginal(x_0, t + 1)))
         output = pair.denoise(x_next.to(self.x_0.dtype), t + 1)
+        bad = output.isnan().reshape(*output.shape[:3], -1).any(-1)
+        _refuse(bad, timesteps, self.first)  # before a law refuses them without a word on t
         output = output.double() if output.is_floating_point() else output
         if timesteps == [0]:
             return pair.reconstruction_law(output, x_next).log_prob(x_0).double(), None
@@ -199,12 +210,12 @@ def _exactly(moments: Moments) -> Moments:
     return certain
 
 
-def _refuse_nan(term: Tensor, timesteps: list[int], block: int) -> None:
-    bad = term.isnan()
+def _refuse(bad: Tensor, timesteps: list[int], first: int) -> None:
+    """Names the first place ``[timesteps, particles, data]`` that holds a NaN; ``first`` is the block's first datum."""
     if bool(bad.any()):
         i, _, b = bad.nonzero()[0].tolist()
         raise NotANumberError(
-            f"expected finite log-densities, got NaN at site 'x_{timesteps[i]}' for datum {block * DATA_AT_ONCE + b}: look at "
+            f"expected finite log-densities, got NaN at site 'x_{timesteps[i]}' for datum {first + b}: look at "
             f"the network's output at step {timesteps[i] + 1}"
         )
 
@@ -212,7 +223,7 @@ def _refuse_nan(term: Tensor, timesteps: list[int], block: int) -> None:
 def _falling(timesteps: Sequence[int] | None, last: int) -> list[int]:
     if timesteps is None:
         return list(range(last, -1, -1))
-    steps = [int(t) for t in timesteps]
+    steps = whole_numbers("timesteps", timesteps)
     if not steps or len(set(steps)) < len(steps) or min(steps) < 0 or max(steps) > last:
         raise ValueError(
             f"expected distinct timesteps in 0..{last} (0 is the reconstruction, {last} the prior's term), got {steps}"

@@ -95,8 +95,14 @@ def sample(
     ] = None,
     eta: Annotated[
         float,
-        typer.Option(metavar="ETA", min=0.0, max=1.0, help="of a ddpm: DDIM's, from 1 (ancestral) to 0 (no noise)"),
+        typer.Option(
+            metavar="ETA", min=0.0, max=1.0, help="of a ddpm: DDIM's, from 1 (the model's own law) to 0 (no noise)"
+        ),
     ] = 1.0,
+    clip: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="of a ddpm: clamp the predicted x_0 before each step", show_default="no"),
+    ] = None,
     film: Annotated[
         Path | None,
         typer.Option(
@@ -125,8 +131,8 @@ def sample(
     opened = load_run(run)
     alphabet = opened.config["data"].get("alphabet")
     if alphabet is not None:
-        if film is not None or steps is not None or eta != 1:
-            raise ValueError("expected no --film, --steps or --eta for text, which is drawn as it is: leave them out")
+        if film is not None or steps is not None or eta != 1 or clip is not None:
+            raise ValueError("expected no --film, --steps, --eta or --clip for text, drawn as it is: leave them out")
         _sample_text(opened.pair, alphabet, out, num, seed, force=force)
         return
     if out is None or suffix == ".txt":
@@ -136,8 +142,8 @@ def sample(
     from inference.commands.sampling import check_options, draw, draw_film
 
     pair, stated = opened.pair, opened.config["data"]
-    check_options(pair, steps, eta, film)
-    drawn = draw(pair, num, steps, eta, seed)
+    check_options(pair, steps, eta, clip, film)
+    drawn = draw(pair, num, steps, eta, clip, seed)
     if suffix == ".npz":
         _write_arrays(out, {"x": drawn.draws} | ({} if drawn.means is None else {"mean": drawn.means}), force=force)
     else:
@@ -150,7 +156,7 @@ def sample(
         from inference.views.figures import save_figure
         from inference.views.report import shown_range
 
-        figure, table = draw_film(pair, steps, eta, seed, shown_range(stated, drawn.draws))
+        figure, table = draw_film(pair, steps, eta, clip, seed, shown_range(stated, drawn.draws))
         if table:
             print(table)
         save_figure(figure, film, overwrite=force)

@@ -29,21 +29,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAMPLES_AT_ONCE = 1024
+Clip = tuple[float, float] | None
 
 
-def check_options(pair: ModelGuidePair, steps: int | None, eta: float, film: Path | None) -> None:
+def check_options(pair: ModelGuidePair, steps: int | None, eta: float, clip: Clip, film: Path | None) -> None:
     """Refuses options that mean nothing for a pair, before anything is drawn.
 
     Raises:
-        ValueError: steps or eta without Gaussian steps, or a film of a single latent layer.
+        ValueError: steps, eta or a clip without Gaussian steps, or a film of a single latent layer.
 
     Example:
         >>> from ppl_models import LinearGaussian
-        >>> check_options(LinearGaussian.random(data_dim=3, latent_dim=2), None, 1.0, None)
+        >>> check_options(LinearGaussian.random(data_dim=3, latent_dim=2), None, 1.0, None, None)
     """
     name = type(pair).__name__
-    if not isinstance(pair, DDPM) and (steps is not None or eta != 1):
-        raise ValueError(f"expected --steps and --eta with a ddpm only, got {name}: leave them out")
+    if not isinstance(pair, DDPM) and (steps is not None or eta != 1 or clip is not None):
+        raise ValueError(f"expected --steps, --eta and --clip with a ddpm only, got {name}: leave them out")
     if isinstance(pair, DDPM) and steps is not None and steps > pair.num_timesteps:
         raise ValueError(f"expected --steps of at most T = {pair.num_timesteps}, got {steps}")
     if film is None:
@@ -58,8 +59,10 @@ def check_options(pair: ModelGuidePair, steps: int | None, eta: float, film: Pat
         )
 
 
-def draw(pair: ModelGuidePair, num: int, steps: int | None = None, eta: float = 1.0, seed: int = 0) -> Samples:
-    """Samples of a pair, :data:`SAMPLES_AT_ONCE` at a time; of a diffusion under ``steps`` and ``eta``.
+def draw(
+    pair: ModelGuidePair, num: int, steps: int | None = None, eta: float = 1.0, clip: Clip = None, seed: int = 0
+) -> Samples:
+    """Samples of a pair, :data:`SAMPLES_AT_ONCE` at a time; of a diffusion under ``steps``, ``eta`` and ``clip``.
 
     Example:
         >>> from ppl_models import LinearGaussian
@@ -67,7 +70,7 @@ def draw(pair: ModelGuidePair, num: int, steps: int | None = None, eta: float = 
         (5, 3)
     """
     if isinstance(pair, Diffusion):
-        trajectory = ancestral_trajectory(pair, num, steps, eta=eta, seed=seed, batch_size=SAMPLES_AT_ONCE)
+        trajectory = ancestral_trajectory(pair, num, steps, eta=eta, clip=clip, seed=seed, batch_size=SAMPLES_AT_ONCE)
         return trajectory_samples(trajectory)
     chunks = []
     with seeded(seed), Progress("drawing samples", num, unit="samples") as progress:
@@ -81,7 +84,7 @@ def draw(pair: ModelGuidePair, num: int, steps: int | None = None, eta: float = 
 
 
 def draw_film(
-    pair: ModelGuidePair, steps: int | None, eta: float, seed: int, value_range: Range | None
+    pair: ModelGuidePair, steps: int | None, eta: float, clip: Clip, seed: int, value_range: Range | None
 ) -> tuple[Figure, str]:
     """How samples come about, as a picture, and a table that goes with it or nothing.
 
@@ -89,10 +92,11 @@ def draw_film(
         pair: a diffusion, or a chain of latent layers over images.
         steps: see :func:`inference.ancestral.ancestral_trajectory`.
         eta: see there.
+        clip: see there.
         seed: of the draws.
         value_range: of images; None for points.
     """
     if not isinstance(pair, Diffusion):
         shown = progressive(pair, seed=seed)
         return draw_progressive(shown, value_range), shown.table()
-    return views.draw_film(pair, steps, eta, seed, value_range), ""
+    return views.draw_film(pair, steps, eta, clip, seed, value_range), ""

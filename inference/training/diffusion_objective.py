@@ -16,12 +16,14 @@ traced graph, whose shapes are fixed, that is possible for stratified t alone; t
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from inference.training.timesteps import SAMPLERS
+from ppl_models.ddpm import DDPM
 from ppl_models.diffusion import Diffusion
 from ppl_models.processes.transitions import shapes_are_fixed
 
@@ -53,6 +55,7 @@ class DiffusionLoss(nn.Module):
 
     Raises:
         TypeError: not a diffusion.
+        UserWarning: "simple" with a learned variance, which it does not train.
         ValueError: an unknown weighting or sampler; a lambda that is missing, superfluous or not positive.
 
     Example:
@@ -94,6 +97,12 @@ class DiffusionLoss(nn.Module):
             )
         if auxiliary_weight is not None and not 0 < auxiliary_weight < float("inf"):
             raise ValueError(f"expected auxiliary_weight > 0, got {auxiliary_weight}")
+        if weights == "simple" and isinstance(pair, DDPM) and pair.variance_has_own_output:
+            warnings.warn(
+                "weights 'simple' leave a learned variance as it starts, for they say nothing of it: take 'hybrid' or 'vlb', "
+                "or variance='beta'",
+                stacklevel=2,
+            )
         self.pair = pair
         self.weights = weights
         self.timesteps = timesteps
@@ -134,7 +143,10 @@ class DiffusionLoss(nn.Module):
         t = 0. So minus the first two is a rate in expectation, and minus the last the distortion.
         """
         self._check(x)
-        t = self.sampler(len(x), x.device)
+        return self.terms_at(x, self.sampler(len(x), x.device))
+
+    def terms_at(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """:meth:`terms` for t that the sampler drew, int64 ``[B]`` in 0..T-1."""
         bound, _ = self._at(x, t, self._rows(t), True, False)
         return self._terms(x, t, self.sampler.weight(t), bound)
 
@@ -159,12 +171,15 @@ class DiffusionLoss(nn.Module):
                 f"expected t in 0..{last}, got {int(t[outside][0])}: L_0 to L_{last} are the bound's terms"
             )
         self._check(x)
+        self._one_for_each(t, x)
         inner = t.clamp(max=self.pair.num_timesteps - 1)
         bound, _ = self._at(x, inner, None, True, False)
         return torch.where(t == self.pair.num_timesteps, self._prior_matching(x), bound)
 
     def auxiliary(self, x: Tensor, t: Tensor) -> Tensor:
         """The auxiliary loss of each datum at x_{t+1}, ``[B]``; arguments as in :meth:`term`, t in 0..T-1."""
+        self._check(x)
+        self._one_for_each(t, x)
         return self._at(x, t, None, False, True)[1]
 
     def extra_repr(self) -> str:
@@ -173,10 +188,23 @@ class DiffusionLoss(nn.Module):
         return f"weights={self.weights!r}, timesteps={self.timesteps!r}{hybrid}"
 
     def _check(self, x: Tensor) -> None:
-        """Refuses data that the pair gives no probability to, in the first batch: later ones are the caller's to keep alike."""
+        """Refuses data that the pair gives no probability to, in the first batch: later ones are the caller's to keep alike.
+
+        Shapes are looked at in every batch, for that costs nothing.
+        """
+        self.pair.batch_size(x)
+        if x.dim() != 1 + len(self.pair.data_shape):
+            raise ValueError(
+                f"expected x of shape [B, {', '.join(map(str, self.pair.data_shape))}], got {list(x.shape)}: one t is drawn "
+                "for each row, so keep one batch axis"
+            )
         if not self._checked and not shapes_are_fixed():
             self.pair.check_data(x)
             self._checked = True
+
+    def _one_for_each(self, t: Tensor, x: Tensor) -> None:
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"expected one t for each of the {len(x)} data, got t of shape {list(t.shape)}")
 
     def _objective(self, x: Tensor, t: Tensor, weight: Tensor, bound: Tensor, auxiliary: Tensor) -> Tensor:
         mean = 1 / self.pair.num_timesteps  # the auxiliary loss is a mean over t, the bound a sum

@@ -32,6 +32,7 @@ from ppl_models.pair import ModelGuidePair
 DIFFUSION = ("vlb", "simple", "hybrid")
 DISCRETE = ("enumeration", "score_function", "gumbel_softmax", "straight_through")
 DRAWS_PER_REPORT = 16  # of t, for each datum
+NUMBERS_AT_ONCE = 2**23  # 32 MiB in float32
 
 
 def objective_of(pair: ModelGuidePair, config: TrainConfig) -> str:
@@ -153,6 +154,8 @@ def make_report(pair: ModelGuidePair, loss: Any) -> Any:
 class DiffusionBound(DiffusionLoss):
     """A diffusion's bound with several t for each datum, spread evenly over 0..T-1: what is reported of one in training.
 
+    As many rows at a time as keep the network's output within :data:`NUMBERS_AT_ONCE`.
+
     Args:
         pair: a diffusion.
     """
@@ -163,8 +166,12 @@ class DiffusionBound(DiffusionLoss):
 
     def terms(self, x: Tensor) -> dict[str, Tensor]:
         """See the base class; means over the draws."""
+        self._check(x)
         repeated = x.repeat(self.draws, *[1] * (x.dim() - 1))
-        return {name: term.reshape(self.draws, len(x)).mean(0) for name, term in super().terms(repeated).items()}
+        t = self.sampler(len(repeated), x.device)
+        size = max(1, NUMBERS_AT_ONCE // max(1, self.pair.output_shape.numel()))
+        parts = [self.terms_at(*rows) for rows in zip(repeated.split(size), t.split(size), strict=True)]
+        return {name: torch.cat([part[name] for part in parts]).reshape(self.draws, -1).mean(0) for name in parts[0]}
 
 
 def loss_buffers(loss: torch.nn.Module) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class TimestepSampler(nn.Module, ABC):
         return count
 
     def observe(self, t: Tensor, loss: Tensor) -> None:
-        """Takes note of L_t, ``[B]`` nats, at the t that were drawn; does nothing where p is fixed."""
+        """Takes note of L_t, ``[B]`` nats, at the t that were drawn; nothing where p is fixed, or of what is not finite."""
 
 
 class Uniform(TimestepSampler):
@@ -136,7 +136,9 @@ class LossSecondMoment(TimestepSampler):
     def observe(self, t: Tensor, loss: Tensor) -> None:
         """See the base class."""
         square = loss.detach().to(self.second_moment).square()
-        seen = torch.zeros_like(self.count).index_add(0, t, torch.ones_like(square))
+        finite = square.isfinite()
+        square = torch.where(finite, square, 0.0)
+        seen = torch.zeros_like(self.count).index_add(0, t, finite.to(square.dtype))
         mean = torch.zeros_like(self.second_moment).index_add(0, t, square) / seen.clamp(min=1)
         forgetting = 1 - (1 - 1 / self.memory) ** seen
         rate = torch.maximum(forgetting, seen / (self.count + seen).clamp(min=1)) * (seen > 0)

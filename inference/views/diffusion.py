@@ -142,6 +142,7 @@ def draw_film(
     pair: Diffusion,
     steps: int | None = None,
     eta: float = 1.0,
+    clip: tuple[float, float] | None = None,
     seed: int | None = None,
     value_range: Range | None = None,
 ) -> Figure:
@@ -151,6 +152,7 @@ def draw_film(
         pair: a diffusion; where it is a DDPM and the law its own, the weights of each step are written below.
         steps: see :func:`inference.ancestral.ancestral_trajectory`.
         eta: see there.
+        clip: see there.
         seed: see there.
         value_range: of images; None for points.
     """
@@ -158,9 +160,9 @@ def draw_film(
     kept = {visited[i] for i in np.linspace(0, len(visited) - 1, FILM_COLUMNS).round().astype(int)}
     count = FILM_ROWS if value_range is not None else FILM_POINTS
     trajectory = ancestral_trajectory(
-        pair, count, None if steps is None else visited, eta=eta, keep=[*kept, 0], seed=seed
+        pair, count, None if steps is None else visited, eta=eta, clip=clip, keep=[*kept, 0], seed=seed
     )
-    own = steps is None and eta == 1 and isinstance(pair, DDPM)
+    own = steps is None and eta == 1 and clip is None and isinstance(pair, DDPM)
     return draw_film_strip(film_strip(trajectory, count, interpolation(pair.process) if own else None), value_range)  # type: ignore[arg-type]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from inference.bounds import NotANumberError, decompose_elbo
+from inference.bounds import diffusion
 from inference.bounds.diffusion import decompose_diffusion
 from inference.bounds.seeded_draws import Streams, row_seeds, widened
 from ppl_models import LinearGaussian
@@ -244,6 +245,22 @@ def test_one_particle_leaves_no_error():
     assert d.elbo.isfinite().all()
 
 
+def test_rows_of_many_numbers_come_few_at_a_time(monkeypatch):
+    """As with a D3PM of thousands of classes; 2 numbers a row here, so 20 are 10 rows."""
+    pair, x = pairs.tanh_ddpm(), pairs.pixels(25)
+    seen = []
+    pair.network.register_forward_hook(lambda network, *_: seen.append(network.rows))
+    decompose_diffusion(pair, x, num_particles=3, seed=0)
+    assert max(seen) > 20  # the twin: a full block at once
+    seen.clear()
+    monkeypatch.setattr(diffusion, "NUMBERS_AT_ONCE", 20)
+    few = decompose_diffusion(pair, x, num_particles=3, seed=0)
+    assert max(seen) <= 10
+    assert few.elbo.shape == (25,)
+    chunks = decompose_diffusion(pair, x, num_particles=3, seed=0, chunk_size=1)
+    assert torch.allclose(few.elbo, chunks.elbo, rtol=1e-12)
+
+
 class Broken(nn.Module):
     def forward(self, x_t, t):
         return torch.where((t == 3)[..., None], torch.nan, x_t)
@@ -252,8 +269,10 @@ class Broken(nn.Module):
 def test_a_nan_is_named():
     pair = DDPM(Broken(), NoiseSchedule.cosine(4), (2,), "x_0", likelihood=Normal())
     found = r"NaN at site 'x_2' for datum 0: look at the network's output at step 3"
-    with pyro.validation_enabled(False), pytest.raises(NotANumberError, match=found):
-        decompose_diffusion(pair, pairs.points(), num_particles=2)
+    for validation in (True, False):
+        with pyro.validation_enabled(validation), pytest.raises(NotANumberError, match=found):
+            decompose_diffusion(pair, pairs.points(), num_particles=2)
+    decompose_diffusion(pair, pairs.points(), num_particles=2, timesteps=[3, 1, 0])  # where step 3 is not asked
 
 
 @pytest.mark.parametrize(
@@ -270,6 +289,10 @@ def test_a_nan_is_named():
         (lambda p, x: decompose_diffusion(p, x, timesteps=[5]), ValueError, r"distinct timesteps in 0\.\.4"),
         (lambda p, x: decompose_diffusion(p, x, timesteps=[-1]), ValueError, r"distinct timesteps in 0\.\.4"),
         (lambda p, x: decompose_diffusion(p, x, timesteps=[1, 1]), ValueError, r"distinct timesteps in 0\.\.4"),
+        (lambda p, x: decompose_diffusion(p, x, timesteps=[1.5]), TypeError, "whole numbers as timesteps, got 1.5"),
+        (lambda p, x: decompose_diffusion(p, x, timesteps=[True]), TypeError, "whole numbers as timesteps, got True"),
+        (lambda p, x: decompose_diffusion(p, x, timesteps=3), TypeError, "a sequence of whole numbers as timesteps"),
+        (lambda p, x: decompose_diffusion(p, x[:0]), ValueError, "expected at least one datum"),
         (lambda p, x: decompose_diffusion(p, x, timesteps=[]), ValueError, r"distinct timesteps in 0\.\.4"),
     ],
 )

@@ -103,6 +103,7 @@ def test_the_adaptive_sampler_learns_in_training_only():
     assert narrow < 0.8 * wide
 
 
+@pytest.mark.filterwarnings("ignore:weights 'simple' leave a learned variance")
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("weights", ["vlb", "simple", "hybrid"])
 def test_step_is_forward_and_terms_at_the_same_draws(name, weights):
@@ -158,9 +159,11 @@ def test_simple_is_the_mean_of_the_squared_error_of_eps():
 def test_hybrid_is_their_weighted_sum():
     pair, x = pairs.tanh_ddpm(variance="learned"), pairs.pixels(30)
     values = []
-    for weights, options in (("vlb", {}), ("simple", {}), ("hybrid", {"auxiliary_weight": 10.0})):
+    with pytest.warns(UserWarning, match="'simple' leave a learned variance as it starts"):
+        simple = DiffusionLoss(pair, "simple")
+    for loss in (DiffusionLoss(pair), simple, DiffusionLoss(pair, "hybrid", auxiliary_weight=10.0)):
         torch.manual_seed(0)
-        values.append(DiffusionLoss(pair, weights, **options)(x))
+        values.append(loss(x))
     assert torch.allclose(values[2], values[0] + 10 * values[1])
 
 
@@ -281,6 +284,19 @@ def test_data_without_probability_are_refused_whatever_t_is_drawn(weights, call)
         with pytest.raises(ValueError, match=r"evenly spaced values in \[-1, 1\]"):
             getattr(loss, call)(bad)
         getattr(loss, call)(pairs.pixels())  # twin: data on the grid are taken
+
+
+@pytest.mark.parametrize("call", ["forward", "step", "terms"])
+def test_one_batch_axis_is_asked_for_in_every_call(call):
+    """A datum alone would be taken for as many data as it has entries, each with a t of its own."""
+    loss, x = DiffusionLoss(pairs.continuous_ddpm()), pairs.points(2)
+    getattr(loss, call)(x)  # the first batch is fine
+    for wrong, match in ((x[0], r"shape \[B, 2\], got \[2\]"), (x[None], r"\[1, 2, 2\]: one t"), (x[:0], "one datum")):
+        with pytest.raises(ValueError, match=match):
+            getattr(loss, call)(wrong)
+    for name in ("term", "auxiliary"):
+        with pytest.raises(ValueError, match=r"one t for each of the 2 data, got t of shape \[1\]"):
+            getattr(loss, name)(x, torch.tensor([1]))
 
 
 def test_terms_that_there_are_not_are_refused():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from inference import ConfigError, fit, load_run, log_evidence
+from inference.training import objective_choice
 from inference.training.config import TrainConfig
 from inference.training.objective_choice import DiffusionBound, loss_buffers, make_loss, make_report, objective_of
 from ppl_models import DDPM, HVAE, VAE, CategoricalVAE, LinearGaussian
@@ -23,6 +24,10 @@ def _categorical() -> CategoricalVAE:
     return CategoricalVAE.preset((3,), Bernoulli(), num_latents=2, num_classes=3, hidden=(4,))
 
 
+def _plain_ddpm() -> DDPM:
+    return DDPM.preset((3,), Normal(), num_timesteps=4, hidden=8, blocks=1, predict="x_0", variance="beta")
+
+
 OBJECTIVES = [
     (_vae, "elbo", {}),
     (_vae, "iwae", {"num_particles": 3}),
@@ -32,7 +37,7 @@ OBJECTIVES = [
     (_categorical, "gumbel_softmax", {"temperature": 2.0, "temperature_end": 0.5}),
     (_categorical, "straight_through", {}),
     (_ddpm, "vlb", {}),
-    (_ddpm, "simple", {"timesteps": "uniform"}),
+    (_plain_ddpm, "simple", {"timesteps": "uniform"}),
     (_ddpm, "hybrid", {"auxiliary_weight": 0.1, "timesteps": "loss_second_moment"}),
 ]
 
@@ -172,3 +177,21 @@ def test_warm_up_by_layer_weights_each_rate():
     pair = HVAE.preset((3,), Normal(), (2, 2), hidden=(4,))
     run = fit(pair, torch.randn(32, 3), epochs=3, batch_size=32, kl_warmup_epochs=(2.0, 0.0), progress=False)
     assert [row["rate_weight"] for row in run.metrics] == [0.0, 0.5, 1.0]
+
+
+def test_what_is_reported_of_many_numbers_a_row_is_drawn_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    pair, x, seen = _ddpm(), torch.randn(10, 3), []
+    bound = DiffusionBound(pair)
+    pair.network.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    means = {}
+    for limit in (2**23, 36):  # 6 numbers a row: 6 rows
+        monkeypatch.setattr(objective_choice, "NUMBERS_AT_ONCE", limit)
+        seen.clear()
+        with torch.no_grad():
+            draws = [torch.stack(list(bound.terms(x).values())).sum(0) for _ in range(200)]
+        assert max(seen) == (40 if limit > 36 else 6)
+        each = torch.stack(draws).mean(-1)
+        means[limit] = float(each.mean()), float(each.std()) / 200**0.5
+    (a, s), (b, r) = means.values()
+    assert abs(a - b) < 6 * (s**2 + r**2) ** 0.5

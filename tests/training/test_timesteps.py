@@ -110,3 +110,15 @@ def test_the_state_is_saved_and_stays_in_float64():
 
 def test_the_registry_names_them_all():
     assert set(SAMPLERS) == {"uniform", "stratified", "loss_second_moment"}
+
+
+def test_what_is_not_finite_is_not_taken_note_of():
+    t, loss = torch.tensor([0, 1]).repeat(20), torch.tensor([1.0, 3.0]).repeat(20)
+    clean, spoiled = LossSecondMoment(2), LossSecondMoment(2)
+    clean.observe(t, loss)
+    spoiled.observe(t, loss)
+    spoiled.observe(torch.tensor([0, 1, 1]), torch.tensor([torch.nan, torch.inf, -torch.inf]))
+    for sampler in (clean, spoiled):
+        assert sampler.probabilities(torch.device("cpu")).tolist() == pytest.approx([0.25, 0.75], abs=1e-3)
+    spoiled.observe(torch.tensor([0, 0]), torch.tensor([torch.nan, 9.0]))
+    assert float(spoiled.probabilities(torch.device("cpu"))[0]) > 0.4  # the finite one is
