@@ -15,7 +15,7 @@ DRAW_SECONDS = 0.25
 HEADER = "epoch      train ELBO  valid ELBO  +- SE    rate  distortion  bits/dim  active   it/s   left"
 
 
-def metrics_line(row: dict[str, float], epochs: int, speed: float, left: float) -> str:
+def metrics_line(row: dict[str, float], epochs: int, speed: float, left: float, units: bool = True) -> str:
     """One epoch as text, nats per datum, under :data:`HEADER`.
 
     Args:
@@ -23,6 +23,7 @@ def metrics_line(row: dict[str, float], epochs: int, speed: float, left: float) 
         epochs: how many there will be at most.
         speed: steps per second.
         left: seconds.
+        units: whether there are active units to count: a diffusion's latents are not learned.
 
     Example:
         >>> row = dict(epoch=3, train_elbo=-10.5, validation_elbo=-11.0, validation_std_error=0.1, validation_rate=4.0,
@@ -33,7 +34,7 @@ def metrics_line(row: dict[str, float], epochs: int, speed: float, left: float) 
     return f"{int(row['epoch'])}/{epochs}".ljust(9) + (
         f"{row['train_elbo']:>12.2f}{row['validation_elbo']:>12.2f}{_cell(row['validation_std_error'], 7)}"
         f"{_cell(row['validation_rate'], 8)}{_cell(row['validation_distortion'], 12)}{row['validation_bits_per_dim']:>10.3f}"
-        f"{int(row['active_units']):>8}{speed:>7.{0 if speed >= 10 else 1}f}{clock(left):>7}"
+        f"{int(row['active_units']) if units else '-':>8}{speed:>7.{0 if speed >= 10 else 1}f}{clock(left):>7}"
     )
 
 
@@ -61,12 +62,13 @@ class TrainingDisplay:
         epochs: how many there will be at most.
         batches: steps an epoch.
         enabled: False shows nothing.
+        units: see :func:`metrics_line`.
     """
 
-    def __init__(self, epochs: int, batches: int, enabled: bool = True) -> None:
+    def __init__(self, epochs: int, batches: int, enabled: bool = True, units: bool = True) -> None:
         self.epochs = epochs
         self.batches = batches
-        self.enabled = enabled
+        self.enabled, self.units = enabled, units
         self._live: Any = None
         self._start = self._drawn_at = self._printed_at = self._epoch_began = time.monotonic()
         self._steps = 0
@@ -130,7 +132,7 @@ class TrainingDisplay:
         )
 
     def _line(self, row: dict[str, float]) -> str:
-        return metrics_line(row, self.epochs, self._speed(), self._left(int(row["epoch"]), self.batches))
+        return metrics_line(row, self.epochs, self._speed(), self._left(int(row["epoch"]), self.batches), self.units)
 
     def _print(self) -> None:
         if self._latest is None:

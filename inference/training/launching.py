@@ -44,6 +44,7 @@ from inference.training.scaling import DataError
 from inference.training.states import flatten_state, restore_state
 from inference.training.storage import StorageError
 from inference.training.trainer import Trainer
+from ppl_models.diffusion import Diffusion
 from ppl_models.pair import ModelGuidePair
 
 RESULT = "result"
@@ -159,9 +160,9 @@ def _work(fabric: Any, job: Job) -> list[dict[str, float]]:
         _on_device(data, fabric.device) for data in (job.inputs.train, job.inputs.validation)
     )
     with forked_rng():
-        display = TrainingDisplay(
-            job.config.epochs, -(-len(job.inputs.rows) // job.config.batch_size), enabled=job.progress and first
-        )
+        batches = -(-len(job.inputs.rows) // job.config.batch_size)
+        shown = job.progress and first
+        display = TrainingDisplay(job.config.epochs, batches, shown, units=not isinstance(job.pair, Diffusion))
         records = Records(job.folder, writes=first, tensorboard=job.config.tensorboard)
         trainer = Trainer(
             job.pair.to(fabric.device),

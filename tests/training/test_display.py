@@ -11,10 +11,13 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from inference import fit
 from inference.training import display
 from inference.training.display import HEADER, TrainingDisplay, metrics_line
+from ppl_models import DDPM
+from ppl_models.likelihoods import Normal
 from tests.training.training_pairs import linear_vae, points
 
 ROW = {
@@ -53,6 +56,12 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.fullmatch(r"\d+:\d\d", left)
     assert lines[-1].endswith(" 0:00")
     assert max(map(len, lines[1:])) <= 100
+
+
+def test_a_diffusion_has_no_units_to_count(capsys: pytest.CaptureFixture[str]) -> None:
+    pair = DDPM.preset((2,), Normal(), num_timesteps=3, hidden=4, blocks=1)
+    fit(pair, torch.randn(20, 2), epochs=1, progress=True)
+    assert capsys.readouterr().err.splitlines()[2].split()[-3] == "-"
 
 
 def test_nothing_is_shown_when_not_asked(capsys: pytest.CaptureFixture[str]) -> None:
