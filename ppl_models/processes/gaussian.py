@@ -160,8 +160,9 @@ class GaussianProcess(nn.Module):
             ``[*t.shape, 1, ..., 1]`` with ``len(data_shape)`` ones.
 
         Raises:
-            ValueError: an unknown name, or data of another shape; with validation on, also t outside 1..T.
-            TypeError: t is not a LongTensor.
+            ValueError: an unknown name, or data of another shape; with validation on, also t outside 1..T, or of a shape that
+                does not broadcast.
+            TypeError: t is not a LongTensor, or data are no floats.
         """
         n = len(self.data_shape)
         if name not in self.names:
@@ -171,7 +172,9 @@ class GaussianProcess(nn.Module):
                 f"expected data of shape [*batch, {', '.join(map(str, self.data_shape))}], got {list(like.shape)}: "
                 "keep the data's own dimensions last"
             )
-        self._check_t(t)
+        if not like.is_floating_point():
+            raise TypeError(f"expected floating-point data, got {like.dtype}: convert with .float()")
+        self._check_t(t, like)
         # Not table[t]: for a t of no dims that reads its value, which waits for the device and cannot be traced.
         gathered = torch.take(self._buffers[f"_{name}"], t).to(like.dtype)  # type: ignore[arg-type]
         return gathered.reshape((*t.shape, *[1] * n))
@@ -191,7 +194,7 @@ class GaussianProcess(nn.Module):
         value = float(getattr(self.schedule, name.removeprefix("sqrt_"))[t - 1])
         return math.sqrt(value) if name.startswith("sqrt_") else value
 
-    def _check_t(self, t: Tensor) -> None:
+    def _check_t(self, t: Tensor, like: Tensor) -> None:
         if not isinstance(t, Tensor) or t.dtype != torch.long:
             got = t.dtype if isinstance(t, Tensor) else type(t).__name__
             raise TypeError(
@@ -203,6 +206,12 @@ class GaussianProcess(nn.Module):
                 raise ValueError(
                     f"expected every t in 1..{self.num_timesteps}, got {int(t[outside][0])}: steps are counted from 1, "
                     "and t = 0 is the data"
+                )
+            batch = like.shape[: like.dim() - len(self.data_shape)]
+            if any(a != b and 1 not in (a, b) for a, b in zip(reversed(t.shape), reversed(batch), strict=False)):
+                raise ValueError(
+                    f"expected t to broadcast against a batch of shape {list(batch)}, got t of shape {list(t.shape)}: give one "
+                    "t, or one for each datum"
                 )
 
     def _law(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:

@@ -282,6 +282,11 @@ def test_other_bad_arguments_are_refused():
     process = GaussianProcess(NoiseSchedule.cosine(10), SHAPE)
     with pytest.raises(ValueError, match=r"expected data of shape \[\*batch, 2, 3\], got \[3, 2\]"):
         process.marginal(torch.zeros(3, 2), torch.tensor(1))
+    with pytest.raises(TypeError, match=r"expected floating-point data, got torch.int64"):
+        process.marginal(torch.zeros(3, *SHAPE, dtype=torch.long), torch.tensor(1))
+    with pytest.raises(ValueError, match=r"against a batch of shape \[3\], got t of shape \[2\]"):
+        process.marginal(torch.zeros(3, *SHAPE), torch.tensor([1, 2]))
+    assert process.marginal(torch.zeros(4, 3, *SHAPE), torch.tensor([1, 2, 3])).batch_shape == (4, 3)
     with pytest.raises(ValueError, match=r"a coefficient among beta, .*got 'gamma'"):
         process.coefficient("gamma", torch.tensor(1), torch.zeros(SHAPE))
 
