@@ -5,14 +5,16 @@ r"""D3PM: denoising diffusion of classes (Austin et al. 2021, arXiv:2107.03006);
     p(x_{t-1} | x_t) prop. to sum_{x_0} q(x_{t-1}, x_t | x_0) p(x_0 | x_t),  t >= 2                learned     (eq. 4)
     p(x_0 | x_1)     = itself, at t = 1
 
-where the network gives the logits of p(x_0 | x_t), in each dimension on its own. What x_t excludes gets no probability: an
-x_0 with q(x_t | x_0) = 0, and the mask. For absorbing transitions an unmasked x_t is x_0, and each term of the bound is
+where the network gives the logits of p(x_0 | x_t), in each dimension on its own. For absorbing transitions what x_t excludes
+gets no probability: no x_0 is the mask, an unmasked x_t is x_0, and each term of the bound is
 
     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) = w_t sum_{i : x_t^i = m} -log p(x_0^i | x_t),
     w_t = (a_{t-1} - a_t) / (1 - a_t)
 
 at t = 1 too, where w_1 = 1 and it is -log p(x_0 | x_1): a weighted masked language model (A.3; Sahoo et al. 2024,
-arXiv:2406.07524). Programs, bound, training and sampler are those of :mod:`ppl_models.diffusion`; nothing is copied.
+arXiv:2406.07524). Under other transitions every class may get probability, also an x_0 with q(x_t | x_0) = 0, as there are
+where Q_t has zeros: the bound is then less tight than it might be, and still a bound. Programs, bound, training and sampler
+are those of :mod:`ppl_models.diffusion`; nothing is copied.
 
 Convention: x is int64 with classes 0..K-1, among which a mask is the last and never in data. Draws are draws: no argmax.
 
@@ -67,8 +69,8 @@ class D3PM(Diffusion):
         likelihood: what data look like: `Categorical` over the classes that they may have.
 
     Raises:
-        ValueError: K is not the transitions'; an unknown output, or a logistic one over states with a mask; a network
-            whose output has another shape.
+        ValueError: K is not the transitions', or leaves but one class for data; an unknown output, or a logistic one over
+            states with a mask; a network whose output has another shape.
         TypeError: the network does not return a tensor, or no transitions are given.
 
     Example:
@@ -99,6 +101,11 @@ class D3PM(Diffusion):
             raise ValueError(
                 f"expected num_classes={transitions.num_classes}, as many as the transitions have (a mask included), got "
                 f"{num_classes}: give both the same"
+            )
+        if transitions.num_data_classes < 2:
+            raise ValueError(
+                f"expected num_classes >= 3 with absorbing transitions, two classes of data and the mask, got {num_classes}, "
+                "the mask included: count it in num_classes"
             )
         if output not in ("logits", "logistic"):
             raise ValueError(f"expected output 'logits' or 'logistic', got {output!r}")
@@ -154,7 +161,9 @@ class D3PM(Diffusion):
         return cls(denoiser, kinds[transitions](num_classes, num_timesteps), data_shape, num_classes, output)
 
     def x_0_logits(self, output: Tensor, x_t: Tensor) -> Tensor:
-        """Logits of p(x_0 | x_t), ``[*batch, *data_shape, K]``: minus infinity at each x_0 that x_t excludes, or no datum is.
+        """Logits of p(x_0 | x_t), ``[*batch, *data_shape, K]``: see :meth:`Transitions.restrict`.
+
+        Minus infinity, for absorbing transitions, at each x_0 that x_t excludes and at the mask; nowhere for others.
 
         Args:
             output: the network's, ``[*batch, *output_shape]``.

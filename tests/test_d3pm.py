@@ -12,13 +12,14 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import nn
 
-from inference import decompose_elbo
+from inference import decompose_elbo, fit, load_run
 from inference.bounds.diffusion import decompose_diffusion
 from inference.training.diffusion_objective import DiffusionLoss
 from ppl_models import registry
 from ppl_models.d3pm import D3PM, logistic_logits
 from ppl_models.likelihoods import Bernoulli, Categorical
-from ppl_models.processes.dense_transitions import discretized_gaussian
+from ppl_models.networks.residual_mlp import ResidualMLP
+from ppl_models.processes.dense_transitions import DenseTransitions, discretized_gaussian
 from ppl_models.processes.structured_transitions import absorbing, uniform
 from tests.oracles.categorical_diffusion import Enumeration, absorbing_matrices, gaussian_matrices, uniform_matrices
 
@@ -359,6 +360,31 @@ def test_nothing_is_put_on_what_x_t_excludes():
     assert bool((full > 0).all())
 
 
+def test_zeros_of_a_matrix_exclude_no_x_0_and_the_bound_stays_one():
+    """Tridiagonal Q: q(x_1 = 0 | x_0 = 3) = 0, but p(x_0 = 3 | x_1 = 0) > 0. The model is normalised, the bound below it.
+
+    Twin: with what q excludes at t = 1 taken from the oracle's p(x_0 | x_1), another model.
+    """
+    step = torch.tensor([[0.8, 0.2, 0, 0], [0.2, 0.6, 0.2, 0], [0, 0.2, 0.6, 0.2], [0, 0, 0.2, 0.8]])
+    pair = D3PM(Table(classes=4, dims=1), DenseTransitions(step.expand(T, 4, 4)), (1,), 4)
+    laws = pair.network.logits.softmax(-1)
+    assert pair.process.transitions.cumulative(1)[3, 0] == 0
+    assert pair.reconstruction(torch.tensor([[0]])).base_dist.probs[0, 0, 3] == laws[0, 0, 0, 3] > 0
+    restricted = laws.clone()
+    restricted[0, :, 0] = restricted[0, :, 0] * (step > 0)
+    restricted = restricted / restricted.sum(-1, keepdim=True)
+    oracle, twin = (Enumeration(step.expand(T, 4, 4).numpy(), np.full(4, 0.25), law, 1) for law in (laws, restricted))
+    assert sum(oracle.log_evidence(i).exp() for i in range(4)).item() == pytest.approx(1, abs=1e-12)
+    for i in range(4):
+        possible = oracle.q(i) > 0
+        log_p = _along_paths(pair, oracle, (i,), possible, pair.model)
+        assert torch.allclose(log_p, oracle.p(i)[possible].log(), rtol=1e-11)
+        assert not torch.allclose(log_p, twin.p(i)[possible].log(), atol=1e-2)
+        elbo = (oracle.q(i)[possible] * (log_p - oracle.q(i)[possible].log())).sum()
+        assert bool(elbo < oracle.log_evidence(i))
+        assert bool(elbo < twin.elbo(i))  # what is lost, as the module says
+
+
 # --- the truncated discretised logistic ---
 
 
@@ -483,6 +509,22 @@ def test_presets_train_and_rebuild(monkeypatch, transitions, network, shape, out
     assert torch.equal(*values)
 
 
+def test_dense_transitions_are_trained_saved_and_loaded(tmp_path):
+    transitions = DenseTransitions([[[0.7, 0.3], [0.3, 0.7]]] * 3, [0.5, 0.5])
+    pair = D3PM(ResidualMLP((2,), 4, 1, num_classes=2), transitions, (2,), 2)
+    x = torch.randint(2, (8, 2))
+    run = fit(pair, x, out=tmp_path / "run", epochs=1, progress=False)
+    loaded = load_run(tmp_path / "run").pair
+    assert torch.equal(loaded.process.transitions.cumulative(3), transitions.cumulative(3))
+    fresh = registry.build(registry.describe(pair)).to(torch.float64)
+    bounds = [
+        decompose_diffusion(model, x, num_particles=2, seed=0).elbo
+        for model in (run.pair.eval(), loaded.eval(), fresh.eval())
+    ]
+    assert torch.equal(bounds[0], bounds[1])
+    assert not torch.allclose(bounds[0], bounds[2], atol=1e-3)
+
+
 PARTS = {
     "D3PM": "ppl_models.d3pm:D3PM",
     "UniformTransitions": "ppl_models.processes.structured_transitions:UniformTransitions",
@@ -526,6 +568,11 @@ def test_expected_class():
             lambda: D3PM(Table(), uniform(4, T), (D,), K),
             ValueError,
             "num_classes=4, as many as the transitions .* got 3",
+        ),
+        (
+            lambda: D3PM(Table(classes=2), absorbing(2, T), (D,), 2),
+            ValueError,
+            "num_classes >= 3 with absorbing transitions, two classes of data and the mask, got 2, the mask included",
         ),
         (lambda: D3PM(Table(), uniform(K, T), (D,), K, "probs"), ValueError, "'logits' or 'logistic', got 'probs'"),
         (lambda: D3PM(Table(), absorbing(K, T), (D,), K, "logistic"), ValueError, "without a mask"),

@@ -75,7 +75,7 @@ class CategoricalProcess(nn.Module):
             A Categorical with batch shape ``batch``, event shape ``data_shape``, in the module's dtype.
 
         Raises:
-            TypeError: x or t is not int64.
+            TypeError: x or t is not an int64 tensor.
             ValueError: with validation on, a state outside 0..K-1 or t outside 1..T.
         """
         return self._law(self.transitions.log_transition(*self._aligned(x_previous, t)))
@@ -104,10 +104,14 @@ class CategoricalProcess(nn.Module):
             t: LongTensor in 1..T, broadcasting against ``batch``.
 
         Returns:
-            ``[*batch, *data_shape, K]``, unnormalised, in the dtype of ``x_0_logits``, at least float32.
+            ``[*batch, *data_shape, K]``, unnormalised, in the dtype of ``x_0_logits``, at least float32; NaN where those
+            are.
+
+        Raises:
+            ValueError: logits of another shape; see also :meth:`transition`.
         """
         x_t, t = self._aligned(x_t, t)
-        log_p = x_0_logits.to(torch.promote_types(x_0_logits.dtype, torch.float32)).log_softmax(-1)
+        log_p = self._widened(x_0_logits).log_softmax(-1)
         likelihood = self.transitions.log_column(x_t, t, log_p.dtype)
         return likelihood + self.transitions.log_propagate(log_p, t - 1)
 
@@ -122,8 +126,8 @@ class CategoricalProcess(nn.Module):
         excludes, or will. The KL is that of the two laws, with fewer passes over the classes where the transitions can.
         """
         x_t, steps = self._aligned(x_t, t)
-        logits = x_0_logits.to(torch.promote_types(x_0_logits.dtype, torch.float32))
-        divergence, surprisal = self.transitions.step_losses(x_t, self._aligned(x_0, t)[0], logits, steps)
+        x_0, _ = self._aligned(x_0, t)
+        divergence, surprisal = self.transitions.step_losses(x_t, x_0, self._widened(x_0_logits), steps)
         n = len(self.data_shape)
         return sum_rightmost(divergence, n), sum_rightmost(surprisal, n)
 
@@ -141,6 +145,10 @@ class CategoricalProcess(nn.Module):
     def _aligned(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x, and t with as many dims as x has, so that they broadcast against each other."""
         for name, value in (("x", x), ("t", t)):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"expected {name} as an int64 tensor, got {type(value).__name__}: convert with torch.as_tensor"
+                )
             if value.dtype != torch.int64:
                 raise TypeError(
                     f"expected {name} as int64, got {value.dtype}: class indices and steps are whole numbers"
@@ -152,6 +160,16 @@ class CategoricalProcess(nn.Module):
                 "keep the data's own dimensions last"
             )
         return x, t.reshape((*t.shape, *[1] * n))
+
+    def _widened(self, x_0_logits: Tensor) -> Tensor:
+        """The logits in at least float32."""
+        shape = (*self.data_shape, self.num_classes)
+        if x_0_logits.shape[max(x_0_logits.dim() - len(shape), 0) :] != shape:
+            raise ValueError(
+                f"expected x_0_logits of shape [*batch, {', '.join(map(str, shape))}], one for each class last, got "
+                f"{list(x_0_logits.shape)}"
+            )
+        return x_0_logits.to(torch.promote_types(x_0_logits.dtype, torch.float32))
 
     def _law(self, logits: Tensor) -> dist.TorchDistribution:
         return ClassLaw(logits=logits).to_event(len(self.data_shape))

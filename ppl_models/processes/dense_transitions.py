@@ -10,9 +10,12 @@ float64 tables of T K^2 numbers, exact to relative rounding also far below the s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn import functional as F
@@ -22,6 +25,8 @@ from ppl_models.processes.transitions import Schedule, Transitions, betas, log_a
 
 __all__ = ["DenseTransitions", "DiscretizedGaussianTransitions", "discretized_gaussian", "log_matmul", "refuse_large"]
 
+Numbers = Tensor | NDArray[Any] | Sequence[Any]
+
 _LARGEST_TABLE = 2**28  # entries: 2 GiB
 _FLOOR = 1e-280  # below this a float64 product may have lost terms to underflow
 _ROW_SUM_TOLERANCE = 1e-6
@@ -30,13 +35,17 @@ _ROW_SUM_TOLERANCE = 1e-6
 class DenseTransitions(Transitions):
     """Q_1..Q_T as given, row-stochastic; all must leave the last law pi unchanged.
 
+    All K states are data's: a mask given by its matrices is a state like any other, which the network may predict and
+    samples may hold; :func:`ppl_models.processes.structured_transitions.absorbing` keeps the mask apart. Zeros of the
+    matrices take no x_0 from p(x_0 | x_t), see :meth:`Transitions.restrict`.
+
     Args:
-        matrices: ``[T, K, K]``, [Q_t]_ij = q(x_t = j | x_{t-1} = i).
-        stationary: pi ``[K]``, the prior p(x_T); uniform if None.
+        matrices: ``[T, K, K]``, [Q_t]_ij = q(x_t = j | x_{t-1} = i); a tensor, an array, or (nested) sequences.
+        stationary: pi ``[K]``, the prior p(x_T), as tensor, array or sequence; uniform if None.
 
     Raises:
-        ValueError: matrices that are not row-stochastic, a law that they do not leave unchanged or that x_T
-            does not reach (infinite L_T), or tables too large.
+        ValueError: values that are no numbers of those shapes, matrices that are not row-stochastic, a law that they do
+            not leave unchanged or that x_T does not reach (infinite L_T), or tables too large.
 
     Example:
         >>> step = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
@@ -50,8 +59,8 @@ class DenseTransitions(Transitions):
     _log_stationary: Tensor
     _prior_divergence: Tensor
 
-    def __init__(self, matrices: Tensor, stationary: Tensor | None = None) -> None:
-        matrices = torch.as_tensor(matrices).detach().to(torch.float64)
+    def __init__(self, matrices: Numbers, stationary: Numbers | None = None) -> None:
+        given = matrices = _float64("matrices", matrices)
         if matrices.dim() != 3 or matrices.shape[1] != matrices.shape[2]:
             raise ValueError(f"expected matrices of shape [T, K, K], got {list(matrices.shape)}")
         sums = matrices.sum(-1)
@@ -64,9 +73,7 @@ class DenseTransitions(Transitions):
             )
         matrices = matrices / sums[..., None]
         classes = matrices.shape[-1]
-        law = (
-            matrices.new_full((classes,), 1 / classes) if stationary is None else stationary.detach().to(torch.float64)
-        )
+        law = matrices.new_full((classes,), 1 / classes) if stationary is None else _float64("stationary", stationary)
         if law.shape != (classes,):
             raise ValueError(f"expected a stationary law of shape [{classes}], got {list(law.shape)}")
         moved = (law @ matrices - law).abs().amax(-1)
@@ -80,6 +87,7 @@ class DenseTransitions(Transitions):
                 f"expected a stationary law of probabilities, got {law.tolist()}: pass numbers >= 0, not all zero"
             )
         self._set_tables(matrices.log(), (law / law.sum()).log())
+        self._given = given, law  # not the tables' exponentials, whose last digits differ
         if bool(self._prior_divergence.isinf().any()):
             row = int(self._prior_divergence.isinf().nonzero()[0])
             raise ValueError(
@@ -139,7 +147,7 @@ class DenseTransitions(Transitions):
         off = log_q.exp() - torch.diag_embed(stay.exp())
         rows = log_p.reshape(*shape[:leading], -1, self.num_classes)
         moved = rows.to(torch.float64).exp() @ off
-        held = moved > _FLOOR
+        held = ~(moved <= _FLOOR)  # NaN too, which must not become an impossible event
         log_moved = torch.where(held, torch.where(held, moved, 1.0).log(), -torch.inf)
         return log_add_exp(rows + stay[..., None, :].to(log_p.dtype), log_moved.to(log_p.dtype)).reshape(log_p.shape)
 
@@ -150,7 +158,8 @@ class DenseTransitions(Transitions):
 
     def config(self) -> dict[str, Any]:
         """See the base class."""
-        return {"matrices": self.log_steps[1:].exp().tolist(), "stationary": self.stationary.tolist()}
+        matrices, stationary = self._given
+        return {"matrices": matrices.tolist(), "stationary": stationary.tolist()}
 
     def extra_repr(self) -> str:
         """The sizes alone."""
@@ -222,6 +231,20 @@ def log_matmul(log_a: Tensor, log_b: Tensor) -> Tensor:
         columns = product[i] < _FLOOR
         result[i, columns] = (log_a[i, :, None] + log_b[:, columns]).logsumexp(0)
     return result
+
+
+def _float64(name: str, values: Numbers) -> Tensor:
+    """A float64 copy of a tensor, an array, (nested) sequences of numbers, or a sequence of tensors or arrays."""
+    try:
+        if isinstance(values, Sequence) and any(isinstance(value, Tensor | np.ndarray) for value in values):
+            values = torch.stack([torch.as_tensor(value) for value in values])
+        if isinstance(values, Tensor) and values.is_complex():
+            raise TypeError("complex numbers are no probabilities")
+        return torch.as_tensor(values, dtype=torch.float64).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"expected {name} as a tensor or as (nested) sequences of numbers of one length: {error}"
+        ) from None
 
 
 def refuse_large(num_classes: int, num_timesteps: int) -> None:

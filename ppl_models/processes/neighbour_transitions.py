@@ -45,7 +45,7 @@ class NearestNeighbourTransitions(DenseTransitions):
             raise ValueError(f"expected finite embeddings of shape [K, d], K >= 2, got shape {list(points.shape)}")
         classes = len(points)
         refuse_large(classes, whole("num_timesteps", num_timesteps, 1))
-        if not 1 <= num_neighbours < classes:
+        if whole("num_neighbours", num_neighbours, 1) >= classes:
             raise ValueError(
                 f"expected num_neighbours in 1..{classes - 1}, one less than the classes, got {num_neighbours}"
             )
@@ -101,7 +101,8 @@ def nearest_neighbour(
             alpha_1..alpha_T > 0.
 
     Raises:
-        ValueError: fewer than two classes, k outside 1..K-1, classes that the links do not join, or a bad schedule.
+        ValueError: fewer than two classes, k not a whole number in 1..K-1, classes that the links do not join, or a bad
+            schedule.
 
     Example:
         >>> nearest_neighbour(torch.tensor([[0.0], [1.0], [2.5]]), 4, num_neighbours=1).rate

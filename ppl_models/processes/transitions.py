@@ -144,7 +144,12 @@ class Transitions(nn.Module, ABC):
         return self.log_stationary.exp()
 
     def restrict(self, logits: Tensor, x_t: Tensor) -> Tensor:
-        """Logits ``[*x.shape, K]`` of x_0, with minus infinity at each x_0 that x_t excludes, q(x_t | x_0) = 0."""
+        """Logits ``[*x.shape, K]`` of x_0, with minus infinity at each x_0 that x_t excludes whatever t is.
+
+        Only absorbing transitions exclude any, see :mod:`ppl_models.processes.structured_transitions`. Others leave the
+        logits as they are, also where matrices with zeros give q(x_t | x_0) = 0 at this t: what p(x_0 | x_t) spends there
+        is lost, but it is a law all the same and the bound a bound.
+        """
         return logits
 
     def dense(self, t: int) -> Tensor:
@@ -231,7 +236,7 @@ def betas(schedule: Schedule, num_timesteps: int) -> Tensor:
 def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
     """log(e^a + e^b), with finite gradients also where both are minus infinity (``torch.logaddexp`` has NaN there)."""
     largest = torch.maximum(a, b).detach()
-    possible = largest > -torch.inf
+    possible = largest != -torch.inf  # a NaN is no impossible event and stays one
     shift = torch.where(possible, largest, 0.0)
     total = (a - shift).exp() + (b - shift).exp()
     return torch.where(possible, shift + torch.where(possible, total, 1.0).log(), -torch.inf)

@@ -93,6 +93,16 @@ def test_posterior_logits_of_a_known_x_0_are_the_posterior(process):
         assert torch.allclose(actual, _probs(process.posterior(x_t, x_0, torch.tensor(t))), rtol=1e-12, atol=1e-15)
 
 
+def test_nan_logits_stay_nan(process):
+    """Of the one entry whose logits hold a NaN; its neighbour, with an impossible class, has a law."""
+    logits = torch.tensor([[0.0, torch.nan, 0.0, 0.0], [0.0, -torch.inf, 0.0, -torch.inf]])
+    for t in range(2, T + 1):
+        actual = process.posterior_logits(torch.tensor([K - 1, K - 1]), logits, torch.tensor(t))
+        assert actual[0].isnan().all()
+        assert not actual[1].isnan().any()
+        assert actual[1].softmax(-1).isfinite().all()
+
+
 def test_prior_is_what_the_last_marginal_nearly_is():
     for build in (uniform, absorbing):
         process = CategoricalProcess(build(K, 200), data_shape=(3,))
@@ -141,6 +151,24 @@ def test_draws_have_the_law():
         (lambda p: CategoricalProcess(torch.eye(2), ()), TypeError, "wrap matrices .* in DenseTransitions"),
         (lambda p: p.marginal(torch.zeros(2, 3), torch.tensor(1)), TypeError, "x as int64, got torch.float64"),
         (lambda p: p.marginal(torch.zeros(2, 3).long(), torch.tensor(1.0)), TypeError, "t as int64, got torch.float64"),
+        (lambda p: p.marginal(torch.zeros(2, 3).long(), 2), TypeError, "t as an int64 tensor, got int: convert"),
+        (lambda p: p.marginal([[0, 0, 0]], torch.tensor(1)), TypeError, "x as an int64 tensor, got list: convert"),
+        *(
+            (
+                lambda p, s=s: p.posterior_logits(torch.zeros(2, 3).long(), torch.zeros(s), torch.tensor(2)),
+                ValueError,
+                m,
+            )
+            for s, m in (
+                ((2, 3, 7), r"\[\*batch, 3, 4\], .* got \[2, 3, 7\]"),
+                ((4,), r"\[\*batch, 3, 4\], .* got \[4\]"),
+            )
+        ),
+        (
+            lambda p: p.step_losses(*[torch.zeros(2, 3).long()] * 2, torch.zeros(2, 3, 7), torch.tensor(2)),
+            ValueError,
+            r"x_0_logits of shape \[\*batch, 3, 4\], .* got \[2, 3, 7\]",
+        ),
         (lambda p: p.marginal(torch.zeros(2, 4).long(), torch.tensor(1)), ValueError, r"\[\*batch, 3\], got \[2, 4\]"),
         (lambda p: p.marginal(torch.full((2, 3), 4), torch.tensor(1)), ValueError, r"x in 0..3, got 4"),
         (lambda p: p.transition(torch.zeros(2, 3).long(), torch.tensor(0)), ValueError, r"t in 1..5, got 0"),

@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import mpmath
 import numpy as np
 import pyro
 import pytest
@@ -128,6 +129,76 @@ def test_distance_never_rises():
     assert bool((d.diff() <= 1e-14).all())
 
 
+def _two_state_power(a: float, b: float, t: int) -> list[list[mpmath.mpf]]:
+    """T^t = pi 1' + (1-a-b)^t (I - pi 1') in 60 digits, entries (i, j)."""
+    with mpmath.workdps(60):
+        a, b = mpmath.mpf(a), mpmath.mpf(b)
+        pi, left = (b / (a + b), a / (a + b)), (1 - a - b) ** t
+        return [[pi[i] + left * ((i == j) - pi[i]) for j in range(2)] for i in range(2)]
+
+
+@pytest.mark.parametrize("t", [10**3, 10**6, 10**9, 10**12, 10**15])
+@pytest.mark.parametrize(("a", "b"), [(0.1, 0.35), (1e-9, 3e-10), (2e-12, 1e-6)])
+def test_long_powers_do_not_drift(a, b, t):
+    """Entry by entry against 60 digits, small ones too; the plain matrix power is the twin that drifts."""
+    chain = MarkovChain(torch.tensor([[1 - a, b], [a, 1 - b]]))
+    exact = torch.tensor([[float(v) for v in row] for row in _two_state_power(a, b, t)])
+    assert torch.allclose(chain.power(t), exact, rtol=1e-13, atol=0)
+    assert torch.allclose(chain.power(t).sum(0), torch.ones(2), rtol=1e-15)
+    distance = float((exact - torch.tensor([[b], [a]]) / (a + b)).abs().sum(0).max() / 2)
+    assert float(chain.distance(t)) == pytest.approx(distance, rel=1e-12, abs=1e-15)
+    start = torch.tensor([0.25, 0.75])
+    assert torch.allclose(chain.propagate(start, t), exact @ start, rtol=1e-13, atol=0)
+
+
+def test_plain_powers_drift():
+    """Twin of the test above."""
+    reviewed = torch.tensor([[0.7, 0.1, 0.3], [0.2, 0.6, 0.3], [0.1, 0.3, 0.4]])
+    chain, ones = MarkovChain(reviewed), torch.ones(3)
+    for t in (10**9, 10**12):
+        assert torch.allclose(chain.power(t).sum(0), ones, rtol=1e-15)
+        assert not torch.allclose(torch.linalg.matrix_power(chain.matrix, t).sum(0), ones, rtol=1e-9)
+    a, b = 1e-9, 3e-10
+    plain = torch.linalg.matrix_power(torch.tensor([[1 - a, b], [a, 1 - b]]), 10**12)
+    assert not torch.allclose(
+        plain, torch.tensor([[float(v) for v in r] for r in _two_state_power(a, b, 10**12)]), rtol=1e-9
+    )
+
+
+def test_long_powers_of_nearly_separate_groups_against_exact_multiplication():
+    """Four states, two by two, linked by steps of 1e-13: T^t in 60 digits, at times before and after the groups mix."""
+    matrix = torch.tensor([[0.0, 0.5, 2e-13, 0.0], [0.3, 0.0, 0.0, 0.0], [0.0, 3e-13, 0.0, 0.7], [0.0, 0.0, 0.2, 0.0]])
+    with mpmath.workdps(60):
+        exact = mpmath.matrix(matrix.tolist())
+        for j in range(4):
+            exact[j, j] = 1 - sum(exact[i, j] for i in range(4))
+        chain = MarkovChain(matrix + torch.diag(1 - matrix.sum(0)))
+        for t in (7, 10**4, 10**11, 10**13):
+            expected = torch.tensor([[float(v) for v in row] for row in (exact**t).tolist()])
+            assert torch.allclose(chain.power(t), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("epsilon", "slack"), [(0.25, 0), (1e-8, 20)])
+def test_mixing_time_of_a_slow_chain(epsilon, slack):
+    """(1/2) (1 - 2e-9)^t = epsilon, to the step, or (1e-16 of rounding in a distance of 1e-8) within a few of 9e9."""
+    with mpmath.workdps(60):
+        exact = int(mpmath.ceil(mpmath.log(2 * mpmath.mpf(epsilon)) / mpmath.log1p(-2 * mpmath.mpf(1e-9))))
+    chain = MarkovChain(torch.tensor([[1 - 1e-9, 1e-9], [1e-9, 1 - 1e-9]]))
+    assert abs(chain.mixing_time(epsilon) - exact) <= slack
+    rounded = 1 - (1 - 1e-9)  # the rate that the diagonal shows: 1e-9 to seven digits only
+    assert abs(math.log(2 * epsilon) / math.log1p(-2 * rounded) - exact) > 1 + slack
+
+
+def test_distance_never_rises_in_the_long_run():
+    chain = MarkovChain(torch.tensor([[0.7, 0.1, 0.3], [0.2, 0.6, 0.3], [0.1, 0.3, 0.4]]))
+    d = torch.stack([chain.distance(10**n) for n in range(16)])
+    assert bool((d.diff() <= 1e-15).all())
+    plain = [torch.linalg.matrix_power(chain.matrix, 10**n) - chain.stationary[:, None] for n in range(16)]
+    assert not bool((torch.stack([0.5 * p.abs().sum(0).max() for p in plain]).diff() <= 1e-15).all())
+    with pytest.raises(ValueError, match=r"distance to pi of 1e-30 within \d+ steps, got .*: raise epsilon"):
+        chain.mixing_time(1e-30)
+
+
 def test_program_scores_paths_exactly_and_draws_what_it_scores():
     matrix = torch.tensor([[0.5, 0.0, 0.2], [0.5, 0.3, 0.0], [0.0, 0.7, 0.8]])
     chain, initial = MarkovChain(matrix), torch.tensor([0.2, 0.5, 0.3])
@@ -160,6 +231,10 @@ def _limit(p: torch.Tensor) -> float:
     return float(scipy.stats.chi2.isf(1e-6, int((p > 0).sum()) - 1))
 
 
+def _program(paths: object, size: int = 1) -> torch.Tensor:
+    return MarkovChain(_random(2)).model(1, torch.tensor([1.0, 0]), paths, size)
+
+
 def test_program_runs_under_particles():
     chain = MarkovChain(_random(3))
     with pyro.plate("particles", 7, dim=-2):
@@ -187,6 +262,13 @@ def test_steps_of_a_discrete_diffusion_are_instances(transitions):
         (lambda: MarkovChain(torch.tensor([[0.9, 0.1], [0.5, 0.5]])), ValueError, "pass its transpose"),
         (lambda: MarkovChain(torch.tensor([[0.9, 0.1], [0.5, 0.1]])), ValueError, "normalise the columns"),
         (lambda: MarkovChain(torch.eye(2)).power(-1), ValueError, "t >= 0, got -1"),
+        (lambda: MarkovChain(torch.eye(2)).power(0.5), ValueError, "whole number t >= 0, got 0.5"),
+        (lambda: MarkovChain(torch.eye(2) + 0j), TypeError, "real probabilities, got torch.complex128"),
+        (lambda: MarkovChain(_random(2)).propagate(torch.tensor([1.0, 0]) + 0j), TypeError, "real probabilities, got"),
+        (lambda: _program(torch.tensor([0, 1])), ValueError, r"shape \[B, n \+ 1\], .* got \[2\]: .* paths\[None\]"),
+        (lambda: _program(torch.zeros(0, 2).long()), ValueError, r"B >= 1, got \[0, 2\]"),
+        (lambda: _program([[0, 1]]), TypeError, "paths as a tensor, got list: convert"),
+        (lambda: _program(None, size=0), ValueError, "size >= 1, how many paths to draw, got 0"),
         (lambda: MarkovChain(_random(2)).mixing_time(0), ValueError, r"epsilon in \(0, 1\), got 0"),
         (lambda: MarkovChain(_random(2)).propagate(torch.tensor([0.5, 0.6])), ValueError, "sums from 1.1 to 1.1"),
         (lambda: MarkovChain(_random(2)).propagate(torch.tensor([1.0])), ValueError, r"got shape \[1\]"),
@@ -198,7 +280,7 @@ def test_steps_of_a_discrete_diffusion_are_instances(transitions):
         (lambda: MarkovChain(_random(2)).model(-1, torch.tensor([1.0, 0])), ValueError, "num_steps >= 0, got -1"),
         (lambda: MarkovChain(_random(2)).model(1, torch.tensor([0.5, torch.nan])), ValueError, "summing to one"),
         *(
-            (lambda path=path: MarkovChain(_random(2)).model(1, torch.tensor([1.0, 0]), torch.tensor([path])), *refusal)
+            (lambda path=path: _program(torch.tensor([path])), *refusal)
             for path, refusal in (
                 ([2, 0], (ValueError, r"states in 0..1, got 2: recode")),
                 ([0, 2], (ValueError, r"states in 0..1, got 2: recode")),
@@ -211,3 +293,9 @@ def test_steps_of_a_discrete_diffusion_are_instances(transitions):
 def test_bad_input_is_refused_in_one_sentence(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_good_input_next_to_the_bad_is_taken():
+    assert MarkovChain(torch.eye(2)).power(np.int64(3)).tolist() == [[1, 0], [0, 1]]
+    assert _program(torch.tensor([[0, 1]])).tolist() == [[0, 1]]
+    assert _program(None, size=2).shape == (2, 2)

@@ -1,6 +1,7 @@
 """Structured transitions against dense matrices built entry by entry, and logarithms against exact arithmetic."""
 
 import itertools
+import json
 import math
 from decimal import Decimal, getcontext
 
@@ -9,6 +10,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from ppl_models import registry
 from ppl_models.processes.dense_transitions import DenseTransitions, discretized_gaussian, log_matmul
 from ppl_models.processes.neighbour_transitions import nearest_neighbour
 from ppl_models.processes.structured_transitions import absorbing, uniform
@@ -238,6 +240,53 @@ def test_config_rebuilds():
         assert torch.allclose(again.cumulative(T), first.cumulative(T), rtol=1e-13)
 
 
+def _same_tables(a: Transitions, b: Transitions) -> bool:
+    return all(torch.equal(a._buffers[name].nan_to_num(9), b._buffers[name].nan_to_num(9)) for name in a._buffers)
+
+
+def test_dense_transitions_take_what_their_config_gives():
+    """Tensors, arrays, nested lists, lists of matrices: the same tables to the last bit, also from JSON."""
+    matrices = np.random.default_rng(0).dirichlet(np.ones(3), size=(3,))
+    chain = torch.as_tensor(np.stack([matrices, matrices @ matrices]))
+    law = torch.linalg.matrix_power(chain[0], 200)[0]
+    first = DenseTransitions(chain, law)
+    for given, stationary in [
+        (chain.tolist(), law.tolist()),
+        (chain.numpy(), law.numpy()),
+        (list(chain), tuple(law)),
+        (tuple(chain.numpy()), law.tolist()),
+    ]:
+        assert _same_tables(DenseTransitions(given, stationary), first)
+    again = registry.build(json.loads(json.dumps(registry.describe(first))))
+    assert _same_tables(again, first)
+    assert again.config() == first.config()
+    assert not _same_tables(DenseTransitions(chain.flip(0), law), first)
+    rounded = DenseTransitions(chain.float().tolist(), law.tolist())
+    assert not _same_tables(rounded, first)
+    uniform_law = DenseTransitions([[[0.9, 0.1], [0.1, 0.9]]], [0.5, 0.5])
+    assert _same_tables(uniform_law, DenseTransitions(torch.tensor([[[0.9, 0.1], [0.1, 0.9]]])))
+
+
+def test_dense_transitions_keep_what_they_were_given():
+    """A change of the caller's tensor afterwards changes neither tables nor config."""
+    matrices = torch.tensor([[[0.9, 0.1], [0.1, 0.9]]])
+    transitions = DenseTransitions(matrices)
+    matrices.fill_(0.5)
+    assert transitions.config()["matrices"] == [[[0.9, 0.1], [0.1, 0.9]]]
+    assert transitions.dense(1)[0, 0] == 0.9
+
+
+def test_a_nan_is_not_an_impossible_event(kind):
+    """NaN in, NaN out, where an impossible class is minus infinity."""
+    transitions, _ = kind
+    t = torch.arange(T)
+    assert transitions.log_propagate(torch.full((T, K), torch.nan), t).isnan().all()
+    point = torch.tensor([0.0, *[-torch.inf] * (K - 1)]).expand(T, K)
+    assert not transitions.log_propagate(point, t).isnan().any()
+    assert log_add_exp(torch.tensor(torch.nan), torch.tensor(-torch.inf)).isnan()
+    assert log_add_exp(torch.tensor(-torch.inf), torch.tensor(-torch.inf)) == -torch.inf
+
+
 def _tensor(value: object) -> object:
     return torch.tensor(value) if isinstance(value, list) else value
 
@@ -260,9 +309,18 @@ def _tensor(value: object) -> object:
         (lambda: discretized_gaussian(32_000, 10), "K = 32000: use uniform or absorbing"),
         (lambda: nearest_neighbour(torch.zeros(3), 4), r"shape \[K, d\], K >= 2, got shape \[3\]"),
         (lambda: nearest_neighbour(POINTS, 4, 5), r"num_neighbours in 1..4, .* got 5"),
+        (lambda: nearest_neighbour(POINTS, 4, 1.5), "num_neighbours to be an int >= 1, got 1.5"),
+        (lambda: nearest_neighbour(POINTS, 4, 0), "num_neighbours to be an int >= 1, got 0"),
         (lambda: nearest_neighbour([[0.0], [0.1], [9.0], [9.1]], 4, 1), "fall into 2 groups .* above 1"),
         (lambda: nearest_neighbour(POINTS, 4, 2, "cosine"), "mutual_information"),
         (lambda: nearest_neighbour(POINTS, 1, 2, [0.0]), "alpha_t > 0 and finite, got 0 at step 1"),
+        (
+            lambda: DenseTransitions([[[1.0], [0.5, 0.5]]]),
+            r"matrices as a tensor or as \(nested\) sequences of numbers",
+        ),
+        (lambda: DenseTransitions([torch.eye(2), torch.eye(3)]), "matrices as a tensor or as .* of one length"),
+        (lambda: DenseTransitions(torch.eye(2)[None], ["a", "b"]), "stationary as a tensor or as .* of numbers"),
+        (lambda: DenseTransitions(torch.eye(2)[None] + 0j), "complex numbers are no probabilities"),
         (lambda: DenseTransitions(torch.ones(2, 3)), r"shape \[T, K, K\], got \[2, 3\]"),
         (lambda: DenseTransitions(torch.tensor([[[0.9, 0.2], [0.1, 0.8]]])), "row 0 of Q_1 .* sum is 1.1"),
         (lambda: DenseTransitions(torch.tensor([[[1.2, -0.2], [0.1, 0.9]]])), "row 0 of Q_1"),

@@ -115,6 +115,7 @@ def vae_loss():
     return ElboLoss(pair), case.data(pair)
 
 
+@pytest.mark.filterwarnings("ignore:weights 'simple' leave a learned variance")
 @pytest.mark.parametrize(("case", "objective", "method"), list(parameters()))
 def test_values_gradients_and_buffers_are_the_loss_s_own_on_the_same_draws(case, objective, method):
     pair = CASES[case].build()
