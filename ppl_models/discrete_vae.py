@@ -121,8 +121,8 @@ class CategoricalVAE(ModelGuidePair):
         likelihood: decoder output -> distribution of x; see :mod:`ppl_models.likelihoods`.
 
     Raises:
-        ValueError: M or K too small, or encoder or decoder return arrays of another shape than the above; found at
-            construction by one pass of a single datum.
+        ValueError: M or K too small or no int, or encoder or decoder return arrays of another shape than the above; found
+            at construction by one pass of a single datum.
         TypeError: the encoder does not return a tensor.
 
     Example:
@@ -140,8 +140,7 @@ class CategoricalVAE(ModelGuidePair):
     def __init__(
         self, encoder: nn.Module, decoder: nn.Module, num_latents: int, num_classes: int, likelihood: Likelihood
     ) -> None:
-        if num_latents < 1 or num_classes < 2:
-            raise ValueError(f"expected num_latents >= 1 and num_classes >= 2, got {num_latents} and {num_classes}")
+        check_sizes(num_latents=(num_latents, 1), num_classes=(num_classes, 2))
         z = zeros_like_parameters(decoder, num_latents, num_classes)
         output = evaluate_once("decoder", decoder, z)
         data_shape = likelihood.data_shape_of(output)
@@ -176,6 +175,7 @@ class CategoricalVAE(ModelGuidePair):
             hidden: the encoder's hidden widths; the decoder has them reversed.
             activation: see :class:`ppl_models.networks.MLP`.
         """
+        check_sizes(num_latents=(num_latents, 1), num_classes=(num_classes, 2))
         shape, classes = [num_latents, num_classes], likelihood.num_classes
         encoder, decoder = mirrored(data_shape, shape, hidden, activation, classes, likelihood.needs_scale)
         return cls(encoder, decoder, num_latents, num_classes, likelihood)
@@ -244,6 +244,20 @@ def zeros_like_parameters(module: nn.Module, *shape: int) -> Tensor:
     """One latent of zeros, ``[1, *shape]``, in the dtype and on the device of a module's parameters."""
     reference = next(module.parameters(), torch.empty(0))
     return torch.zeros(1, *shape, dtype=reference.dtype, device=reference.device)
+
+
+def check_sizes(**sizes: tuple[Any, int]) -> None:
+    """Refuses a size that is no int, or below its least: ``name=(size, least)``.
+
+    Raises:
+        ValueError: says which.
+
+    Example:
+        >>> check_sizes(num_latents=(3, 1), num_codes=(2, 2))
+    """
+    for name, (size, least) in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < least:
+            raise ValueError(f"expected {name} to be an int >= {least}, got {size!r}: state how many")
 
 
 def check_encoding(encoding: Any, data_shape: torch.Size, sizes: dict[str, int]) -> None:

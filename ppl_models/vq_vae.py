@@ -41,9 +41,10 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from ppl_models.discrete_vae import check_encoding, one_hot, zeros_like_parameters
+from ppl_models.discrete_vae import check_encoding, check_sizes, one_hot, zeros_like_parameters
 from ppl_models.likelihoods import Likelihood
 from ppl_models.networks.arrays import mirrored
+from ppl_models.networks.precision import at_least_float32
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once
 from ppl_models.registry import describe
@@ -120,6 +121,10 @@ class VQVAE(ModelGuidePair):
 
     -ELBO + codebook + commitment terms = van den Oord et al. 2017 (arXiv:1711.00937), eq. 3, plus the constant M log K.
 
+    The two terms are factors of the guide in training mode alone. There the sum over sites, the row "ELBO" of
+    :func:`inference.decompose_elbo` too, is the objective, which is below the ELBO by them; the ELBO is that of ``eval()``,
+    and in either mode -(rate + distortion).
+
     Args:
         encoder: module, x ``[..., *data_shape]`` -> e ``[..., M, D]``.
         decoder: module, z ``[..., M, D]`` -> the likelihood's parameters.
@@ -132,8 +137,8 @@ class VQVAE(ModelGuidePair):
         restart_below: in (0, 1): a code restarts when its share falls below this fraction of 1/K.
 
     Raises:
-        ValueError: a number out of range, or encoder or decoder return arrays of another shape than the above; found at
-            construction by one pass of a single datum.
+        ValueError: a number out of range, a size that is no int, or encoder or decoder return arrays of another shape than
+            the above; found at construction by one pass of a single datum.
         TypeError: the encoder does not return a tensor.
 
     Example:
@@ -162,10 +167,7 @@ class VQVAE(ModelGuidePair):
         decay: float = 0.99,
         restart_below: float = 0.1,
     ) -> None:
-        if num_latents < 1 or num_codes < 2 or code_dim < 1:
-            raise ValueError(
-                f"expected num_latents >= 1, num_codes >= 2 and code_dim >= 1, got {num_latents}, {num_codes}, {code_dim}"
-            )
+        check_sizes(num_latents=(num_latents, 1), num_codes=(num_codes, 2), code_dim=(code_dim, 1))
         if not 0 < commitment < math.inf:
             raise ValueError(
                 f"expected a finite commitment > 0, got {commitment}: nothing else keeps encodings at codes"
@@ -216,6 +218,7 @@ class VQVAE(ModelGuidePair):
             activation: see :class:`ppl_models.networks.MLP`.
             commitment: beta.
         """
+        check_sizes(num_latents=(num_latents, 1), num_codes=(num_codes, 2), code_dim=(code_dim, 1))
         shape, classes = [num_latents, code_dim], likelihood.num_classes
         encoder, decoder = mirrored(data_shape, shape, hidden, activation, classes, likelihood.needs_scale)
         return cls(encoder, decoder, num_latents, num_codes, code_dim, likelihood, commitment)
@@ -247,7 +250,8 @@ class VQVAE(ModelGuidePair):
             return pyro.sample("z", dist.Delta(straight_through, event_dim=2))
 
     def codes(self, x: Tensor) -> Tensor:
-        """k(m) = argmin_k |e_m - c_k|^2, LongTensor ``[*particles, B, M]`` in 0..K-1."""
+        """k(m) = argmin_k |e_m - c_k|^2, LongTensor ``[*particles, B, M]`` in 0..K-1; of codes equally near, the first."""
+        self.batch_size(x)
         return self._nearest(self._encode(x))
 
     def codebook_perplexity(self, x: Tensor) -> Tensor:
@@ -289,8 +293,10 @@ class VQVAE(ModelGuidePair):
         return self.encoder(x).to(self.codebook.dtype)  # not in half precision: distances cancel
 
     def _nearest(self, encoding: Tensor) -> Tensor:
-        rows = encoding.detach().reshape(-1, self.code_dim)
-        return torch.cdist(rows, self.codebook).argmin(-1).reshape(encoding.shape[:-1])
+        rows, codes = at_least_float32(encoding.detach().reshape(-1, self.code_dim)), at_least_float32(self.codebook)
+        # Of differences, not |e|^2 - 2 e.c + |c|^2: that cancels far from the origin, differently in each batch.
+        distances = torch.cdist(rows, codes, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances.argmin(-1).reshape(encoding.shape[:-1])
 
     @torch.no_grad()
     def _follow(self, encodings: Tensor) -> None:

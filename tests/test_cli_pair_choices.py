@@ -1,5 +1,6 @@
 """A system's own choices on the command line: checked against its preset, printed whole, read back."""
 
+import numpy as np
 import pytest
 import yaml
 
@@ -7,6 +8,7 @@ from inference.commands.choices import build_pair, choose
 from inference.commands.options import TrainOptions, gather_options
 from inference.commands.pair_choices import choices_of, pair_arguments
 from inference.training.config import ConfigError
+from inference.training.scaling import DataError
 from ppl_models.registry import SYSTEMS, build, describe
 
 
@@ -60,3 +62,20 @@ def test_an_assignment_without_a_value_is_refused():
 def test_the_likelihood_is_the_systems_where_it_has_one(name, likelihood):
     assert choose(name, TrainOptions(data="digits"))[0].likelihood == likelihood
     assert choose("ddpm", TrainOptions(data="two_moons"))[0].likelihood == "normal"
+
+
+def test_the_number_of_classes_of_a_file_is_stated_and_never_guessed(tmp_path):
+    classes = np.arange(14).reshape(7, 2) % 7
+    np.savez(tmp_path / "x.npz", train=classes)
+    options = TrainOptions(data=f"npz:{tmp_path / 'x.npz'}", pair={"num_timesteps": 3})
+    for name, likelihood in (("d3pm", None), ("vae", "categorical")):
+        with pytest.raises(DataError, match=r"number of classes .*; add an entry 'levels' to the npz file, 7 or more"):
+            choose(name, options.model_copy(update={"likelihood": likelihood, "pair": {}}))
+    assert choose("vae", options.model_copy(update={"pair": {}}))[0].likelihood == "discretized_normal"
+    np.savez(tmp_path / "x.npz", train=classes, levels=7)
+    chosen, data = choose("d3pm", options)
+    assert (chosen.likelihood, data.levels, build_pair("d3pm", chosen, data).likelihood.num_classes) == (
+        "categorical",
+        7,
+        7,
+    )

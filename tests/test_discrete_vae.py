@@ -211,8 +211,23 @@ class _Pair(nn.Module):
 @pytest.mark.parametrize(
     ("build", "error", "match"),
     [
-        (lambda d: CategoricalVAE(_encoder(2, 3), d, 0, 3, Bernoulli()), ValueError, "num_latents >= 1"),
-        (lambda d: CategoricalVAE(_encoder(2, 3), d, 2, 1, Bernoulli()), ValueError, "num_classes >= 2, got 2 and 1"),
+        (
+            lambda d: CategoricalVAE(_encoder(2, 3), d, 0, 3, Bernoulli()),
+            ValueError,
+            "num_latents to be an int >= 1, got 0",
+        ),
+        (
+            lambda d: CategoricalVAE(_encoder(2, 3), d, 2, 3.0, Bernoulli()),
+            ValueError,
+            r"num_classes .* >= 2, got 3\.0",
+        ),
+        (lambda d: _preset(num_latents=2.5), ValueError, r"num_latents to be an int >= 1, got 2\.5"),
+        (lambda d: _preset(num_classes=True), ValueError, "num_classes to be an int >= 2, got True"),
+        (
+            lambda d: CategoricalVAE(_encoder(2, 3), d, 2, 1, Bernoulli()),
+            ValueError,
+            "num_classes to be an int >= 2, got 1",
+        ),
         (lambda d: CategoricalVAE(_encoder(2, 4), d, 2, 3, Bernoulli()), ValueError, r"= \[1, 2, 3\].*got \[1, 2, 4\]"),
         (lambda d: CategoricalVAE(_Pair(), d, 2, 3, Bernoulli()), TypeError, "one tensor, got tuple"),
         (lambda d: CategoricalVAE(_encoder(5, 3), d, 5, 3, Bernoulli()), ValueError, r"decoder to take .*\[1, 5, 3\]"),

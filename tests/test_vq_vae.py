@@ -70,6 +70,34 @@ def test_the_guide_is_sure_of_the_nearest_codes():
     assert len(index.unique()) > 1
 
 
+def _excess(index: torch.Tensor, encoding: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """|e - c_index| / min_k |e - c_k| - 1, from differences in float64: zero where the index is right."""
+    distance = (encoding.double()[..., None, :] - codebook.double()).square().sum(-1).sqrt()
+    return distance.gather(-1, index[..., None])[..., 0] / distance.amin(-1) - 1
+
+
+@pytest.mark.parametrize("places", [(1000.0,), (-1000.0, 1000.0)], ids=["offset", "two clusters, of mean zero"])
+def test_the_nearest_code_is_the_nearest_one_far_from_the_origin(places):
+    torch.set_default_dtype(torch.float32)
+    pair = _by_rows(num_codes=64).eval()
+    centre = torch.tensor(places)
+    pair.codebook.copy_(torch.randn(64, D) + centre[torch.arange(64) % len(places), None])
+    x = torch.randn(500, D) + centre[torch.arange(500) % len(places), None]
+    assert _excess(pair.codes(x), x[:, None], pair.codebook).max() < 1e-5  # rounding; a wrong code is farther by more
+    by_product = torch.cdist(x, pair.codebook).argmin(-1, keepdim=True)  # |e|^2 - 2 e.c + |c|^2 cancels
+    assert (_excess(by_product, x[:, None], pair.codebook) > 1e-2).float().mean() > 0.2
+
+
+def test_the_nearest_code_does_not_depend_on_the_batch():
+    torch.set_default_dtype(torch.float32)
+    pair = _by_rows(num_codes=8).eval()
+    pair.codebook.copy_(torch.randn(8, D) + 3000)
+    x = torch.randn(500, D) + 3000
+    assert torch.equal(pair.codes(x), torch.cat([pair.codes(row[None]) for row in x]))
+    by_product = [torch.cdist(rows, pair.codebook).argmin(-1) for rows in (x, *x[:, None])]
+    assert not torch.equal(by_product[0], torch.cat(by_product[1:]))  # which switches above 25 rows
+
+
 def test_terms_are_m_log_k_and_the_reconstruction():
     pair = _preset().eval()
     x = pair.model(size=6).detach()
@@ -292,8 +320,10 @@ def _encoder(*shape: int) -> nn.Module:
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ((_encoder(2, 3), 0, 4, 3), ValueError, "num_latents >= 1, .*got 0, 4, 3"),
-        ((_encoder(2, 3), 2, 1, 3), ValueError, "num_codes >= 2"),
+        ((_encoder(2, 3), 0, 4, 3), ValueError, "num_latents to be an int >= 1, got 0"),
+        ((_encoder(2, 3), 2, 1, 3), ValueError, "num_codes to be an int >= 2, got 1"),
+        ((_encoder(2, 3), 2, 4.0, 3), ValueError, r"num_codes to be an int >= 2, got 4\.0"),
+        ((_encoder(2, 3), 2, 4, 0), ValueError, "code_dim to be an int >= 1, got 0"),
         ((_encoder(2, 4), 2, 4, 3), ValueError, r"= \[1, 2, 3\].*got \[1, 2, 4\]"),
         ((_Pair(), 2, 4, 3), TypeError, "one tensor, got tuple"),
         ((_encoder(5, 3), 5, 4, 3), ValueError, r"decoder to take .*\[1, 5, 3\]"),
@@ -303,6 +333,30 @@ def test_bad_parts_are_refused_at_construction(arguments, error, match):
     encoder, *sizes = arguments
     with pytest.raises(error, match=match):
         VQVAE(encoder.double(), ArrayMLP((2, 3), (4,), (5,)), *sizes, Normal())
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"num_latents": 2.5}, r"num_latents to be an int >= 1, got 2\.5"),
+        ({"num_latents": 0}, "num_latents to be an int >= 1, got 0"),
+        ({"num_codes": 8.0}, r"num_codes to be an int >= 2, got 8\.0"),
+        ({"num_codes": True}, "num_codes to be an int >= 2, got True"),
+        ({"code_dim": "2"}, "code_dim to be an int >= 1, got '2'"),
+    ],
+)
+def test_bad_sizes_of_presets_are_refused_in_one_sentence(option, match):
+    with pytest.raises(ValueError, match=match):
+        VQVAE.preset((4,), Bernoulli(), **{"hidden": (4,), **option})
+    VQVAE.preset((4,), Bernoulli(), num_latents=2, num_codes=8, code_dim=2, hidden=(4,))
+
+
+@pytest.mark.parametrize(("x", "match"), [(torch.zeros(0, 4), "at least one datum"), (torch.zeros(3, 5), r"\[3, 5\]")])
+def test_codes_are_asked_of_data_alone(x, match):
+    pair = _preset()
+    with pytest.raises(ValueError, match=match):
+        pair.codes(x)
+    assert pair.codes(torch.zeros(2, 3, 4)).shape == (2, 3, M)  # particles in front are welcome
 
 
 @pytest.mark.parametrize(

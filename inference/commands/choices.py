@@ -6,6 +6,7 @@
     images:FOLDER         discretized_normal, 256 levels  symmetric    none            16
     toy densities         normal, learned scale           none         none            2
     npz:FILE, quantised   bernoulli for two levels, else discretized_normal            16 for images, else 2
+      as classes          their number must be stated, as an entry "levels"
     npz:FILE, continuous  must be stated
     text:FILE             categorical, a class a character classes      none            16
     hf:NAME               as images:FOLDER for a column of images, else as npz:FILE

@@ -172,7 +172,8 @@ def load_data(
             "text:FILE@L", in windows of L characters, "hf:NAME" or "hf:NAME@CONFIG".
         scaling: of quantised data; None: "none", counts 0..levels-1 as floating point numbers. Continuous data are
             never changed: "none" for toy densities; for floats in an npz file a statement that is checked, as in
-            `as_dataset`. Characters are "classes".
+            `as_dataset`. Characters are "classes". Integers of an npz file are classes only where it states "levels", or
+            where they are zeros and ones.
         binarization: one of `BINARIZATIONS`, None: "none"; needs scaling "unit".
         image_size: side in pixels, for "images:FOLDER" only.
         alphabet: whose classes are meant, for "text:FILE" only; None: the text's own.
@@ -238,7 +239,7 @@ def as_dataset(
             one; a `DataSet`, which is returned; or a string, for `load_data`.
         test: the held-out part, a Tensor, ndarray or Dataset.
         scaling: states what the values are. Integers are counts, converted to it; floating point numbers are already
-            so, and are checked. None: "none", refused where the values look like unscaled pixel counts.
+            so, and are checked. None: "none", refused where the values look like unscaled pixel counts or classes.
         binarization: one of `BINARIZATIONS`, None: "none"; needs scaling "unit".
         levels: the number of levels of quantised data; None: continuous data.
         test_fraction: of the data to hold out by a permutation with seed 0, in (0, 1), instead of `test`.
@@ -318,6 +319,11 @@ def list_data() -> list[dict[str, Any]]:
 def _state(source: Source, scaling: str | None, binarization: str | None) -> DataSet:
     """The source's values under the stated scaling and binarisation; unstated is "none", where that is plausible."""
     stated, drawn = "none" if scaling is None else scaling, "none" if binarization is None else binarization
+    if stated == "classes" and source.levels_assumed:
+        raise DataError(
+            f"{source.name}: expected the number of classes to be stated, got integers up to {_largest(source)} without "
+            f"it; add an entry 'levels' to the npz file, {_largest(source) + 1} or more"
+        )
 
     def part(x: Tensor | Dataset, name: str) -> Tensor | Dataset:
         binary = stated == "unit" and (drawn == "fixed" or (drawn == "dynamic" and name == "test"))
@@ -347,6 +353,10 @@ def _state(source: Source, scaling: str | None, binarization: str | None) -> Dat
         split=source.split,
         alphabet=source.alphabet,
     )
+
+
+def _largest(source: Source) -> int:
+    return max(int(x.max()) for x in (source.train, source.test) if isinstance(x, Tensor) and x.numel())
 
 
 def _tensor_or_dataset(x: Any, name: str) -> Tensor | Dataset:

@@ -163,9 +163,10 @@ def scale(x: Tensor, name: str, *, levels: int | None, scaling: str) -> Tensor:
         if scaling == "none":
             return x.to(torch.get_default_dtype())
         if bool((above := x > 1).any()):
+            example = "levels=3 for three classes" if scaling == "classes" else "levels=256 for 8-bit pixels"
             raise DataError(
                 f"{_entry(name, x, _first_index(above))}: integers are counts, and scaling {scaling!r} needs the "
-                "number of levels; state it, such as levels=256 for 8-bit pixels"
+                f"number of levels; state it, such as {example}"
             )
         levels = 2
     values = grid(levels, scaling).to(x.device)
@@ -212,7 +213,7 @@ def check_scaled(x: Tensor, name: str, *, levels: int | None, scaling: str) -> N
 
 
 def refuse_unscaled(x: Tensor, name: str) -> None:
-    """Refuses data that look like unscaled pixel counts where nobody has stated their scaling.
+    """Refuses data that look like unscaled pixel counts, or classes, where nobody has stated their scaling.
 
     Args:
         x: Tensor, any shape and real dtype.
@@ -227,7 +228,8 @@ def refuse_unscaled(x: Tensor, name: str) -> None:
     if whole:
         raise DataError(
             f"{_entry(name, x, _first_index(above))}: the data look like unscaled counts such as pixels in 0..255; "
-            "state scaling='unit' or 'symmetric' and levels=256 to have integers scaled, scaling='none' to keep them"
+            "state scaling='unit' or 'symmetric' and levels=256 to have integers scaled, scaling='none' to keep them, "
+            "scaling='classes' and levels=K (or, for a categorical likelihood, pass x.long()) if they are K classes"
         )
 
 

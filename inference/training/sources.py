@@ -31,7 +31,11 @@ MAX_LEVELS = 65_536  # of 16-bit images
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Data as they are stored, [N, *data_shape] each; integers are counts 0..levels-1."""
+    """Data as they are stored, [N, *data_shape] each; integers are counts 0..levels-1.
+
+    Where nothing states the levels of integers, they are taken for 8-bit grey values: ``levels_assumed``. That is no number
+    of classes.
+    """
 
     name: str
     train: Tensor | Dataset
@@ -41,6 +45,7 @@ class Source:
     train_labels: Tensor | None = None
     test_labels: Tensor | None = None
     alphabet: str | None = None  # of text: the character of each class
+    levels_assumed: bool = False
 
 
 def read_digits() -> Source:
@@ -143,7 +148,8 @@ def read_npz(path: Path) -> Source:
             and `levels`, one integer. Other arrays are checked like these and not used.
 
     Returns:
-        Source with integers as counts (levels: as stored, else 2 for zeros and ones, else 256), floats as continuous.
+        Source with integers as counts (levels: as stored, else 2 for zeros and ones, else 256, which is then marked as
+        assumed: it will not do for classes), floats as continuous.
 
     Raises:
         DataError: no archive, no `train`, or a member that is no array, holds objects or is named to leave the archive.
@@ -168,8 +174,16 @@ def read_npz(path: Path) -> Source:
             raise DataError(f"{path}: levels: expected 2..{MAX_LEVELS}, got {levels}; correct the file")
     elif not train.is_floating_point():
         levels = 256 if any(bool((x > 1).any()) for x in (train, test) if x is not None) else 2
-    split = "as in the file"
-    return Source(f"npz:{path}", train, test, levels, split, labels.get("train_labels"), labels.get("test_labels"))
+    return Source(
+        f"npz:{path}",
+        train,
+        test,
+        levels,
+        "as in the file",
+        labels.get("train_labels"),
+        labels.get("test_labels"),
+        levels_assumed=levels == 256 and "levels" not in arrays,
+    )
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from inference import fit
 from inference.training.datasets import (
     TOY_DENSITIES,
     DataError,
@@ -25,6 +26,8 @@ from inference.training.datasets import (
     list_data,
     load_data,
 )
+from ppl_models import VAE
+from ppl_models.likelihoods import Categorical
 
 COUNTS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 3, 2), dtype=np.uint8))
 
@@ -220,12 +223,22 @@ TABLE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "unstated uint8": (COUNTS, {}, "look like unscaled counts such as pixels in 0..255; state scaling='unit'"),
     "unstated uint8 with levels": (COUNTS, {"levels": 256}, "look like unscaled counts"),
     "unstated float counts": (COUNTS.double(), {}, r"train\[0, 0, 0\] = .*look like unscaled counts"),
+    "unstated classes as floats": (
+        torch.tensor([[0.0, 1.0, 2.0]]),
+        {},
+        r"train\[0, 2\] = 2: .*; state .* scaling='classes' and levels=K \(or, .*pass x\.long\(\)\) if they are K classes",
+    ),
     "unstated counts in a Dataset": (Rows(COUNTS), {}, "look like unscaled counts"),
     "unstated counts in test": (torch.rand(4, 3, 2), {"test": COUNTS}, r"test\[0, 0, 0\] = .*look like unscaled"),
     "unstated large integers": (torch.tensor([[1], [1000]]), {}, r"train\[1, 0\] = 1000.*look like unscaled"),
     "unit, yet 0..255": (COUNTS.double(), {"scaling": "unit"}, r"train\[0, 0, 0\] = .* states values in \[0, 1\]"),
     "symmetric, yet 0..255": (COUNTS.double(), {"scaling": "symmetric"}, r"states values in \[-1, 1\]"),
     "counts without levels": (COUNTS, {"scaling": "unit"}, "needs the number of levels; state it, such as levels=256"),
+    "classes without levels": (
+        COUNTS,
+        {"scaling": "classes"},
+        "'classes' needs the number of levels; state it, such as levels=3 for",
+    ),
     "more levels than stated": (COUNTS, {"scaling": "unit", "levels": 17}, r"expected counts in 0\.\.16"),
     "off the grid": (
         torch.tensor([[0.0], [0.1]]),
@@ -264,6 +277,18 @@ def test_bad_data_are_refused(case: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         as_dataset(data, **kwargs)
     assert "\n" not in str(caught.value)
+
+
+def test_whole_floats_are_classes_for_a_categorical_likelihood_once_that_is_said() -> None:
+    x = torch.tensor([[0.0, 1.0], [2.0, 2.0]])
+    pair = VAE.preset((2,), Categorical(3), latent_dim=1, hidden=(2,))
+    with pytest.raises(DataError, match=r"scaling='classes' and levels=K .*x\.long\(\)"):
+        fit(pair, x, epochs=1, progress=False)
+    for said in ({"data": x, "scaling": "classes", "levels": 3}, {"data": x.long()}):
+        assert fit(pair, **said, epochs=1, progress=False).config["data"]["scaling"] == "classes"
+    for wrong in ({"scaling": "none"}, {"scaling": "unit", "levels": 256}):  # what is right for pixels
+        with pytest.raises(ValueError, match=r"int64 class indices|states values in \[0, 1\]"):
+            fit(pair, x, **wrong, epochs=1, progress=False)
 
 
 def test_an_iterable_dataset_is_refused() -> None:

@@ -111,6 +111,22 @@ def test_npz_counts_floats_labels_and_levels(tmp_path: Path) -> None:
     assert (floats.levels, floats.kind, train(floats).dtype, floats.test) == (None, "point", torch.float64, None)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_npz_classes_need_a_stated_number(tmp_path: Path, dtype: type) -> None:
+    few: np.ndarray = (PIXELS % 5).astype(dtype)
+    more: np.ndarray = np.full((2, 5, 4), 6, dtype=dtype)
+    unstated = npz(tmp_path / "a.npz", train=few, test=more)
+    with pytest.raises(DataError, match=r"a\.npz: .*number of classes .* integers up to 6 .*'levels' .*, 7 or more"):
+        load_data(unstated, scaling="classes")
+    assert load_data(unstated, scaling="unit").levels == 256  # as grey values they are taken for 8-bit ones
+    stated = load_data(npz(tmp_path / "b.npz", train=few, test=more, levels=np.array(7)), scaling="classes")
+    assert (stated.levels, train(stated).dtype) == (7, torch.int64)
+    np.testing.assert_array_equal(train(stated).numpy(), few)
+    pixels = npz(tmp_path / "c.npz", train=few, levels=np.array(256))
+    assert load_data(pixels, scaling="classes").levels == 256  # it is a statement, not a guess, that is asked for
+    assert load_data(npz(tmp_path / "d.npz", train=few % 2), scaling="classes").levels == 2
+
+
 class Bomb:
     """Leaves a mark if anything unpickles it."""
 
