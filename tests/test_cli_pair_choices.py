@@ -69,7 +69,7 @@ def test_the_number_of_classes_of_a_file_is_stated_and_never_guessed(tmp_path):
     np.savez(tmp_path / "x.npz", train=classes)
     options = TrainOptions(data=f"npz:{tmp_path / 'x.npz'}", pair={"num_timesteps": 3})
     for name, likelihood in (("d3pm", None), ("vae", "categorical")):
-        with pytest.raises(DataError, match=r"number of classes .*; add an entry 'levels' to the npz file, 7 or more"):
+        with pytest.raises(DataError, match=r"number of classes .*; add to the npz file an entry 'levels', 7 or more"):
             choose(name, options.model_copy(update={"likelihood": likelihood, "pair": {}}))
     assert choose("vae", options.model_copy(update={"pair": {}}))[0].likelihood == "discretized_normal"
     np.savez(tmp_path / "x.npz", train=classes, levels=7)

@@ -63,7 +63,8 @@ def decompose_elbo(
         kwargs: passed to both programs.
 
     Returns:
-        :class:`Decomposition`, in nats, with terms of the shape [B] of the plates that all sites share.
+        :class:`Decomposition`, in nats, with terms of the shape [B] of the plates that all sites share. Factors are in the sum:
+            with those that a pair has in training mode it is the objective, and -(rate + distortion) the ELBO.
 
     Raises:
         PairError: the programs' sites do not match; the message names the site.

@@ -185,7 +185,9 @@ def find_closed_forms(plan: Plan) -> ClosedForms:
             elif kind == "observed":
                 found.reasons[name] = "observed: its expected log-likelihood is estimated from the draws"
             else:
-                found.reasons[name] = "a factor: a term without a law, averaged over the draws"
+                found.reasons[name] = (
+                    "a factor: a term without a law, averaged over the draws; in the sum, in neither rate nor distortion"
+                )
         except NoClosedFormError as refusal:
             found.refuse(name, str(refusal))
     suspects = [name for name in found.exact if name in prototype.guide]

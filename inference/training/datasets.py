@@ -320,9 +320,10 @@ def _state(source: Source, scaling: str | None, binarization: str | None) -> Dat
     """The source's values under the stated scaling and binarisation; unstated is "none", where that is plausible."""
     stated, drawn = "none" if scaling is None else scaling, "none" if binarization is None else binarization
     if stated == "classes" and source.levels_assumed:
+        remedy = "write the column to an npz file with" if source.name.startswith("hf:") else "add to the npz file"
         raise DataError(
             f"{source.name}: expected the number of classes to be stated, got integers up to {_largest(source)} without "
-            f"it; add an entry 'levels' to the npz file, {_largest(source) + 1} or more"
+            f"it; {remedy} an entry 'levels', {_largest(source) + 1} or more"
         )
 
     def part(x: Tensor | Dataset, name: str) -> Tensor | Dataset:
@@ -356,7 +357,8 @@ def _state(source: Source, scaling: str | None, binarization: str | None) -> Dat
 
 
 def _largest(source: Source) -> int:
-    return max(int(x.max()) for x in (source.train, source.test) if isinstance(x, Tensor) and x.numel())
+    held = [int(x.max()) for x in (source.train, source.test) if isinstance(x, Tensor) and x.numel()]
+    return max(held, default=255)
 
 
 def _tensor_or_dataset(x: Any, name: str) -> Tensor | Dataset:

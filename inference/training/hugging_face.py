@@ -99,12 +99,15 @@ def read_hugging_face(place: str) -> Source:
     test = Rows(parts["test"], column, spec).in_memory_if_small() if "test" in parts else None
     known = [x for x in (train, test) if isinstance(x, Tensor)]
     levels: int | None = 256
+    is_image = _kind(parts["train"].features[column]) == "Image"
     if any(x.is_floating_point() for x in known):
         levels = None
-    elif known and _kind(parts["train"].features[column]) != "Image" and not any(bool((x > 1).any()) for x in known):
+    elif known and not is_image and not any(bool((x > 1).any()) for x in known):
         levels = 2
     held_out_labels = _labels(parts["test"]) if "test" in parts else None
-    return Source(spec, train, test, levels, "as in the set", _labels(parts["train"]), held_out_labels)
+    assumed = levels == 256 and not is_image
+    labels = _labels(parts["train"])
+    return Source(spec, train, test, levels, "as in the set", labels, held_out_labels, levels_assumed=assumed)
 
 
 def _data_column(features: dict[str, Any], spec: str) -> str:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from inference.bounds import NotANumberError, decompose_elbo
-from inference.bounds import diffusion
+from inference.bounds import NotANumberError, decompose_elbo, diffusion
 from inference.bounds.diffusion import decompose_diffusion
 from inference.bounds.seeded_draws import Streams, row_seeds, widened
 from ppl_models import LinearGaussian

@@ -105,6 +105,13 @@ def test_arrays_are_points_or_counts(hub):
     points, bits = load_data("hf:points"), load_data("hf:bits")
     assert (points.levels, points.train.tolist()) == (None, [[0.5, 1.5], [2.0, -1.0]])
     assert (bits.levels, bits.train.tolist()) == (2, [[0, 1], [1, 1]])
+    assert load_data("hf:bits", scaling="classes").levels == 2
+    hub["classes", None] = {"train": Rows({"x": List()}, {"x": [[0, 6], [1, 1]]})}
+    with pytest.raises(
+        DataError, match=r"got integers up to 6 without it; write the column to an npz file .*, 7 or more"
+    ):
+        load_data("hf:classes", scaling="classes")
+    assert load_data("hf:classes").levels == 256  # as grey values
 
 
 def test_large_sets_are_read_row_by_row(hub, monkeypatch):
