@@ -3,8 +3,8 @@ r"""Transitions kept as matrices: any that are given, and the discretised Gaussi
     [Q_t]_ij = exp(-4 (i - j)^2 / ((K - 1)^2 beta_t)) / Z_t   for j != i,   the diagonal such that rows sum to one
     Z_t = sum_{n = -(K-1)}^{K-1} exp(-4 n^2 / ((K - 1)^2 beta_t))
 
-The last is symmetric, hence doubly stochastic: its stationary law is uniform. Constraint: log Q_t and log Qbar_t are two
-float64 tables of T K^2 numbers, exact to relative rounding also far below the smallest float64.
+The last is symmetric, hence doubly stochastic: its stationary law is uniform. Constraint: log Q_t, log Qbar_t and Qbar_t are
+three float64 tables of T K^2 numbers, the logarithms exact to relative rounding also far below the smallest float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
 from ppl_models.processes.class_law import ClassLaw
-from ppl_models.processes.transitions import Schedule, Transitions, betas, log_add_exp, refuse_steps, whole
+from ppl_models.processes.transitions import Schedule, Transitions, betas, refuse_steps, whole
 
 __all__ = ["DenseTransitions", "DiscretizedGaussianTransitions", "discretized_gaussian", "log_matmul", "refuse_large"]
 
@@ -54,8 +54,9 @@ class DenseTransitions(Transitions):
                 [0.1800, 0.8200]], dtype=torch.float64)
     """
 
-    log_steps: Tensor
+    log_columns: Tensor  # log Q_t transposed: a step of training reads columns, and columns of a row-major table are slow
     log_products: Tensor
+    _products: Tensor  # Qbar_t itself, so that no step takes K^2 exponentials
     _log_stationary: Tensor
     _prior_divergence: Tensor
 
@@ -104,8 +105,9 @@ class DenseTransitions(Transitions):
         for log_step in log_steps:
             products.append(log_matmul(products[-1], log_step))
         never = torch.full_like(log_steps[:1], torch.nan)
-        self.register_buffer("log_steps", torch.cat([never, log_steps]), persistent=False)
+        self.register_buffer("log_columns", torch.cat([never, log_steps.mT]), persistent=False)
         self.register_buffer("log_products", torch.stack(products), persistent=False)
+        self.register_buffer("_products", self.log_products.exp(), persistent=False)
         self.register_buffer("_log_stationary", log_stationary, persistent=False)
         rows, prior = ClassLaw(logits=products[-1]), ClassLaw(logits=log_stationary)
         self.register_buffer("_prior_divergence", kl_divergence(rows, prior), persistent=False)
@@ -118,12 +120,12 @@ class DenseTransitions(Transitions):
     def log_transition(self, x_previous: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See the base class: one row."""
         self._check(x_previous, t)
-        return self.log_steps[t, x_previous].to(dtype or self.dtype)
+        return self.log_columns.mT[t, x_previous].to(dtype or self.dtype)
 
     def log_column(self, x_t: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See the base class: one column."""
         self._check(x_t, t)
-        return self.log_steps.mT[t, x_t].to(dtype or self.dtype)
+        return self.log_columns[t, x_t].to(dtype or self.dtype)
 
     def log_marginal(self, x_0: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See the base class: one row."""
@@ -131,10 +133,10 @@ class DenseTransitions(Transitions):
         return self.log_products[t, x_0].to(dtype or self.dtype)
 
     def log_propagate(self, log_p: Tensor, t: Tensor) -> Tensor:
-        """See the base class; O(K^2), a matrix product in float64.
+        """See the base class; O(K^2), a matrix product of probabilities in float64, whose non-negative terms cancel nothing.
 
-        The diagonal's part, p_j [Qbar_t]_jj, is added in log space, the rest by a product of probabilities. Where that
-        product is below 1e-280, near the smallest float64, the diagonal's part alone is kept, so that no law becomes infinite.
+        Where it is below 1e-280, near the smallest float64, the diagonal's term alone is kept, log p_j [Qbar_t]_jj, so that
+        no law becomes infinite.
         """
         shape = log_p.shape[:-1]
         t = t.reshape((1,) * (len(shape) - t.dim()) + t.shape)
@@ -142,14 +144,13 @@ class DenseTransitions(Transitions):
         while shared < t.dim() and t.shape[t.dim() - 1 - shared] == 1:
             shared += 1
         leading = len(shape) - shared
-        log_q = self.log_products[t.reshape(t.shape[:leading])]
-        stay = log_q.diagonal(dim1=-2, dim2=-1)
-        off = log_q.exp() - torch.diag_embed(stay.exp())
+        t = t.reshape(t.shape[:leading])
         rows = log_p.reshape(*shape[:leading], -1, self.num_classes)
-        moved = rows.to(torch.float64).exp() @ off
-        held = ~(moved <= _FLOOR)  # NaN too, which must not become an impossible event
-        log_moved = torch.where(held, torch.where(held, moved, 1.0).log(), -torch.inf)
-        return log_add_exp(rows + stay[..., None, :].to(log_p.dtype), log_moved.to(log_p.dtype)).reshape(log_p.shape)
+        stay = self.log_products.diagonal(dim1=-2, dim2=-1)[t][..., None, :].to(log_p.dtype)
+        moved = rows.to(torch.float64).exp() @ self._products[t]
+        lost = moved <= _FLOOR  # not NaN, which must not become an impossible event
+        log_moved = torch.where(lost, 1.0, moved).log().to(log_p.dtype)
+        return torch.where(lost, rows + stay, log_moved).reshape(log_p.shape)
 
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         """See the base class: one number for each class."""
