@@ -15,7 +15,7 @@ Gaussian diffusions, each of them another law than the model's:
   s^2 = eta^2 beta-tilde_t,  x_{t-1} = sqrt(alpha-bar_{t-1}) x_0-hat + sqrt(1 - alpha-bar_{t-1} - s^2) eps-hat + s z,
   and x_0 = x_0-hat(x_1, 1) at the end: no draw, and not rounded to a grid. eta = 0 is deterministic given x_T; eta = 1 is the
   pair's own reverse law, with its own variance.
-- *clip*: x_0-hat is clamped to a range before each step down to x_1. The result says so.
+- *clip*: x_0-hat is clamped to a range before each step, the last too, where p(x_0 | x_1) keeps its scale. The result says so.
 
 The one constraint: memory holds one state of the chain, and what ``keep`` asks for, whatever T.
 """
@@ -33,7 +33,8 @@ from inference.progress import Progress
 from inference.reverse_chain import make_chain
 from inference.training.noise import noise_seed, seed_noise
 from inference.trajectory import Trajectory, joined
-from inference.whole_numbers import whole_number
+from inference.whole_numbers import seed_number, whole_count
+from ppl_models.evaluation_mode import evaluating
 from ppl_models.pair import ModelGuidePair
 from ppl_models.processes import GaussianProcess
 
@@ -80,8 +81,9 @@ def ancestral_trajectory(
         num_samples: N.
         steps: how many steps to take, spread evenly over 1..T with T among them, or the timesteps themselves, each in
             1..T and T among them; None: all.
-        eta: in [0, 1]; see the module. The family ends in the model's own law for ``variance="posterior"``, whose sigma_t^2 is
-            beta-tilde_t; with other variances eta = 1, the model's own, is a step away from any eta below it.
+        eta: in [0, 1]; see the module. eta = 1 is the model's own law, and not quite the limit of those below it: only there
+            is x_0 drawn from p(x_0 | x_1), which weighs where the first step visited is a long one, and only with
+            ``variance="posterior"`` is sigma_t^2 the limit's beta-tilde_t.
         clip: (low, high) for x_0-hat, such as (-1, 1); None: the model as it is.
         keep: which t in 0..T to keep x_t and x_0-hat of.
         seed: of the draws, the caller's random state being restored; None goes on with torch's generators.
@@ -108,28 +110,22 @@ def ancestral_trajectory(
         >>> run.timesteps, sorted(run.states), run.law
         ((50, 38, 26, 13, 1, 0), [1, 50], "not the model's own law: respaced to 5 of 50 steps, DDIM with eta = 0")
     """
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"expected a whole {name} >= 1, got {value!r}")
-    seed = seed if seed is None else whole_number("seed", seed)
+    num_samples = whole_count("num_samples", num_samples)
+    batch_size = batch_size if batch_size is None else whole_count("batch_size", batch_size)
+    seed = seed if seed is None else seed_number(seed)
     chain = make_chain(pair, steps, eta, clip, keep)
     counts = [len(part) for part in torch.arange(num_samples).split(batch_size or num_samples)]
     device = next(pair.parameters(), torch.empty(0)).device
-    modes = [(module, module.training) for module in pair.modules()]
-    pair.eval()
     runs = []
-    try:
-        with torch.no_grad(), Progress("sampling", len(counts) * chain.length, unit="steps") as progress:
-            for b, count in enumerate(counts):
-                if seed is None:
-                    runs.append(chain.run(count, progress))
-                else:
-                    with forked_rng():
-                        seed_noise(noise_seed(seed, b), device)
-                        runs.append(chain.run(count, progress))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    progress = Progress("sampling", len(counts) * chain.length, unit="steps")
+    with torch.no_grad(), evaluating(pair), progress:
+        for b, size in enumerate(counts):
+            if seed is None:
+                runs.append(chain.run(size, progress))
+            else:
+                with forked_rng():
+                    seed_noise(noise_seed(seed, b), device)
+                    runs.append(chain.run(size, progress))
     return joined(runs, counts)
 
 
@@ -162,7 +158,12 @@ def interpolation(process: GaussianProcess) -> Interpolation:
         >>> weights = interpolation(GaussianProcess(NoiseSchedule.from_betas([0.1, 0.5]), ()))
         >>> [round(w, 3) for w in weights.x_t.tolist()], [round(w, 3) for w in weights.x_0.tolist()]
         ([0.0, 0.129], [1.0, 0.862])
+
+    Raises:
+        TypeError: not a Gaussian process.
     """
+    if not isinstance(process, GaussianProcess):
+        raise TypeError(f"expected a GaussianProcess, got {type(process).__name__}: pass ddpm.process")
     schedule = process.schedule
     return Interpolation(
         torch.arange(1, schedule.num_timesteps + 1),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.ddpm import DDPM
+from ppl_models.networks.grid_denoiser import GridDenoiser
 
 __all__ = ["respaced"]
 
@@ -53,7 +54,9 @@ def respaced(pair: DDPM, timesteps: Sequence[int]) -> DDPM:
         )
     schedule = pair.process.schedule.respaced(timesteps)
     predict = "x_0" if pair.predict == "mean" else pair.predict
-    network = _Respaced(pair, timesteps)
+    network: nn.Module = _Respaced(pair, timesteps)
+    if isinstance(pair.network, GridDenoiser) and len(schedule) > 1:  # which knows the coarse chain's own variance
+        network = pair.network.respaced(schedule, timesteps)
     coarse = DDPM(network, schedule, pair.data_shape, predict, pair.variance, pair.likelihood)
     reference = next(pair.parameters(), None)
     return coarse if reference is None else coarse.to(reference.device, reference.dtype)

@@ -86,10 +86,13 @@ class _Chain:
 
     def last(self, output: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
         """x_0 given the chain's last latent."""
-        if self.eta == 1:
+        if self.eta == 1 and self.clip is None:
             return self.pair.reconstruction_law(output, x_1)()
         x_0 = self.pair.predict_x_0(output, x_1, t)
-        return x_0 if self.clip is None else x_0.clamp(*self.clip)
+        if self.clip is not None:
+            x_0 = x_0.clamp(*self.clip)
+        pair: Any = self.pair
+        return pair.reconstruction_at(x_0, output, x_1)() if self.eta == 1 else x_0
 
 
 class _Walk:
@@ -119,7 +122,7 @@ class _Walk:
         if fine in chain.keep:
             self.states[fine] = x_t
             self.predictions[fine] = chain.pair.predict_x_0(output, x_t, t)
-        if chain.clip is not None and self.i > 1:
+        if chain.clip is not None:
             x_0 = chain.pair.predict_x_0(output, x_t, t)
             self.clipped[fine] = (x_0 != x_0.clamp(*chain.clip)).double().mean()
         self.x_t = chain.down(output, x_t, t, self.i) if self.i > 1 else chain.last(output, x_t, t)

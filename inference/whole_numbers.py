@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["whole_number", "whole_numbers"]
+__all__ = ["seed_number", "whole_count", "whole_number", "whole_numbers"]
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -41,3 +41,39 @@ def whole_numbers(name: str, values: Any) -> list[int]:
     if not isinstance(values, Iterable) or isinstance(values, str):
         raise TypeError(f"expected a sequence of whole numbers as {name}, got {values!r}: give a list")
     return [whole_number(name, value) for value in values]
+
+
+def whole_count(name: str, value: Any) -> int:
+    """``value`` as an int of at least one, of numpy or torch, too.
+
+    Raises:
+        ValueError: anything else.
+
+    Example:
+        >>> whole_count("num_samples", 3)
+        3
+    """
+    try:
+        number = whole_number(name, value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"expected a whole {name} >= 1, got {value!r}")
+    return number
+
+
+def seed_number(value: Any) -> int:
+    """A seed as an int >= 0, of numpy or torch, too.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: one below zero.
+
+    Example:
+        >>> seed_number(7)
+        7
+    """
+    number = whole_number("seed", value)
+    if number < 0:
+        raise ValueError(f"expected a seed >= 0, got {number}")
+    return number

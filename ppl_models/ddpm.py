@@ -67,6 +67,7 @@ class DDPM(Diffusion):
         ValueError: an unknown ``predict`` or ``variance``; a network whose output has another shape; eps-prediction with
             alpha-bar_T = 0, where x_T holds no x_0 and eps says nothing of it.
         TypeError: the likelihood is not one with a location and a scale.
+        ValueError: a :class:`GridDenoiser` made for another schedule, prediction, variance or number of levels.
 
     Example:
         >>> from ppl_models.likelihoods import Normal
@@ -110,6 +111,8 @@ class DDPM(Diffusion):
                 f"expected a likelihood with a location and a scale, got {type(likelihood).__name__}: use "
                 "DiscretizedNormal(levels) or Normal()"
             )
+        if isinstance(network, GridDenoiser):
+            _refuse_other_grid(network, schedule, predict, variance, getattr(likelihood, "levels", None))
         if not likelihood.scale_stated:
             likelihood = type(likelihood)(**(likelihood.config() | {"scale": None}))
         output_shape = [*data_shape, 2] if variance == "learned" else data_shape
@@ -224,10 +227,13 @@ class DDPM(Diffusion):
 
     def reconstruction_law(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """likelihood(mu(x_1, 1)), its scale sigma_1 unless it states its own; see the base class."""
-        t = self._time(1, x_1)
-        mean = self.mean(output, x_1, t)
+        return self.reconstruction_at(self.mean(output, x_1, self._time(1, x_1)), output, x_1)
+
+    def reconstruction_at(self, mean: Tensor, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
+        """:meth:`reconstruction_law` with another location, such as a mu(x_1, 1) = x_0-hat(x_1, 1) that was clipped."""
         if not self.likelihood.needs_scale:
             return self.likelihood(mean, len(self.data_shape))
+        t = self._time(1, x_1)
         learned = self.variance == "learned"
         scale = self.scale(output, x_1, t) if learned else self.process.coefficient("sqrt_beta", t, x_1)
         return self.likelihood((mean, scale), len(self.data_shape))
@@ -327,3 +333,27 @@ class DDPM(Diffusion):
 
     def _prediction(self, output: Tensor) -> Tensor:
         return output[..., 0] if self.variance == "learned" else output
+
+
+def _refuse_other_grid(
+    network: GridDenoiser, schedule: NoiseSchedule, predict: Prediction, variance: Variance, levels: int | None
+) -> None:
+    """Raises ValueError unless the DDPM reads a :class:`GridDenoiser`'s output as it was meant."""
+    if (predict, variance) != ("eps", "learned"):
+        raise ValueError(
+            f"expected predict='eps' and variance='learned' with a GridDenoiser, which returns the noise and v, got "
+            f"predict={predict!r} and variance={variance!r}"
+        )
+    own = network.schedule.alpha_bar
+    if own.shape != schedule.alpha_bar.shape or not bool(
+        (own.to(schedule.alpha_bar.device) == schedule.alpha_bar).all()
+    ):
+        raise ValueError(
+            f"expected a GridDenoiser made with the DDPM's own schedule, {schedule!r}, got one with {network.schedule!r}: "
+            "pass both the same"
+        )
+    if levels is not None and network.levels != levels:
+        raise ValueError(
+            f"expected a GridDenoiser of the likelihood's {levels} levels, got {network.levels}: make its network with "
+            f"outputs={levels}"
+        )

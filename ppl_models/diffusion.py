@@ -20,6 +20,7 @@ t = 0 is the data. The process q has no parameters; the network is the only thin
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from ppl_models.evaluation_mode import evaluating
 from ppl_models.networks.denoiser import Denoiser
 from ppl_models.pair import ModelGuidePair
 
@@ -145,10 +147,9 @@ class Diffusion(ModelGuidePair, ABC):
         if isinstance(self.network, Denoiser):
             return self.network(x_t, t)
         batch = x_t.shape[: x_t.dim() - len(self.data_shape)]
-        if len(batch) == 1:
-            return self.network(x_t, t.expand(batch))
         output = self.network(x_t.reshape(-1, *self.data_shape), t.expand(batch).reshape(-1))
-        return output.reshape(*batch, *output.shape[1:])
+        self._refuse_other_output(output, math.prod(batch))
+        return output.reshape(*batch, *self.output_shape)
 
     def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), ``[*batch]`` nats, from the network's output at (x_t, t), t >= 2."""
@@ -263,27 +264,26 @@ class Diffusion(ModelGuidePair, ABC):
         return torch.full(like.shape[: like.dim() - len(self.data_shape)], t, device=like.device)
 
     def _check_network(self, x: Tensor) -> None:
-        modes = [(module, module.training) for module in self.network.modules()]
-        self.network.eval()  # no dropout, no running statistics
         try:
-            with torch.no_grad():
-                output = self.denoise(x, self._time(1, x))
+            with torch.no_grad(), evaluating(self.network):
+                output = self.network(x, self._time(1, x))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ValueError(
                 f"expected network(x_t, t) to take x_t of shape {list(x.shape)} and t of shape [2], but it fails "
                 f"({' '.join(str(error).split())[:120]}): match its first layer"
             ) from error
-        finally:
-            for module, training in modes:
-                module.training = training
+        self._refuse_other_output(output, 2)
+
+    def _refuse_other_output(self, output: Any, count: int) -> None:
+        """Raises TypeError or ValueError unless ``output`` is ``[count, *output_shape]``."""
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"expected the network to return one tensor of shape [..., {', '.join(map(str, self.output_shape))}], got "
                 f"{type(output).__name__}: return the tensor itself"
             )
-        if output.shape != (2, *self.output_shape):
+        if tuple(output.shape) != (count, *self.output_shape):
             raise ValueError(
-                f"expected the network's output for two data to have shape {[2, *self.output_shape]}, got "
+                f"expected the network's output for {count} data to have shape {[count, *self.output_shape]}, got "
                 f"{list(output.shape)}: match its last layer to the data and to what it predicts"
             )
 

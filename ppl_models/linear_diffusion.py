@@ -96,6 +96,9 @@ class LinearDiffusion(Diffusion):
         process = GaussianProcess(schedule, m.shape)
         super().__init__(_GaussianDenoiser(process, m, s), process, m.shape)
         self.guide_kind = guide
+        self._given = [
+            torch.as_tensor(value, dtype=torch.float64).tolist() for value in (loc, scale)
+        ]  # training moves its own
 
     def guide(self, x: Tensor) -> Tensor:
         """The process q, or the exact posterior p(x_1 | x_0) prod p(x_t | x_{t-1}): sites ``x_1`` .. ``x_T``."""
@@ -167,8 +170,8 @@ class LinearDiffusion(Diffusion):
         """Constructor arguments, JSON-able; see :func:`ppl_models.registry.describe`."""
         return {
             "schedule": {"class": "NoiseSchedule", **self.process.schedule.config()},
-            "loc": self.network.loc.tolist(),
-            "scale": self.network.log_scale.exp().tolist(),
+            "loc": self._given[0],
+            "scale": self._given[1],
             "guide": self.guide_kind,
         }
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppl_models.evaluation_mode import evaluating
+
 
 def probe_decoder(decoder: nn.Module, latent_dim: int) -> Any:
     """The decoder's output for one latent of zeros, which tells the shape of a datum.
@@ -33,16 +35,11 @@ def evaluate_once(name: str, module: nn.Module, argument: Tensor) -> Any:
     Raises:
         ValueError: the module fails on it; the message names the module, the shape and the failure.
     """
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(module):
             return module(argument)
     except RuntimeError as error:
         raise ValueError(
             f"expected the {name} to take one row of shape {list(argument.shape)}, but it fails "
             f"({' '.join(str(error).split())[:120]}): match its first layer"
         ) from error
-    finally:
-        for m, training in modes:
-            m.training = training

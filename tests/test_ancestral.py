@@ -237,7 +237,7 @@ def test_clipping_is_named_and_bounds_the_prediction():
     pair = best("eps")
     run = ancestral_trajectory(pair, 200, clip=(0.5, 0.6), eta=0.0, keep=[5, 1], seed=0)
     assert run.clip == (0.5, 0.6)
-    assert set(run.clipped) == set(range(2, T + 1))
+    assert set(run.clipped) == set(range(1, T + 1))
     assert 0 < run.clipped[5] <= 1
     exact = ((run.predictions[5] < 0.5) | (run.predictions[5] > 0.6)).double().mean()
     assert run.clipped[5] == pytest.approx(float(exact))
@@ -247,6 +247,24 @@ def test_clipping_is_named_and_bounds_the_prediction():
     free = ancestral_trajectory(pair, 200, clip=(-100.0, 100.0), seed=0)
     assert set(free.clipped.values()) == {0.0}
     assert torch.allclose(free.x_0, ancestral_sample(pair, 200, seed=0))
+
+
+@pytest.mark.parametrize("steps", [None, 1])
+@pytest.mark.parametrize(("eta", "spread"), [(1.0, 1.0), (0.0, 0.0)])
+def test_the_last_step_is_clipped_too_and_counted(steps, eta, spread):
+    class Five(nn.Module):
+        def forward(self, x_t, t):
+            return 5 + 0 * x_t
+
+    pair = DDPM(Five(), NoiseSchedule([0.1, 0.2, 0.3]), (3,), "x_0", likelihood=Normal())
+    run = ancestral_trajectory(pair, 4000, steps, eta=eta, clip=(-1, 1), seed=0)
+    assert set(run.clipped.values()) == {1.0}
+    assert run.law.endswith("x_0-hat clipped to [-1, 1], 100 % of it at most")
+    beta = 0.1 if steps is None else 1 - 0.9 * 0.8 * 0.7  # of the first step, whose scale p(x_0 | x_1) has
+    assert abs(run.x_0.mean() - 1) <= spread * 5 * (beta / run.x_0.numel()) ** 0.5
+    assert run.x_0.std().item() == pytest.approx(spread * beta**0.5, rel=0.05)
+    unclipped = ancestral_trajectory(pair, 4000, steps, eta=eta, seed=0)
+    assert abs(unclipped.x_0.mean() - 5) <= spread * 5 * (beta / run.x_0.numel()) ** 0.5 + 1e-6
 
 
 def test_what_is_kept():
@@ -429,6 +447,11 @@ def test_float32_and_discretised_data():
         (lambda: ancestral_trajectory(LinearGaussian.random(2, 1), 2, keep=[1]), ValueError, "with a diffusion only"),
         (lambda: respaced(pairs.d3pm(), [1, 3]), TypeError, "expected a DDPM, whose steps compose"),
         (lambda: respaced(best(), [3, 2]), ValueError, r"increasing timesteps in 1\.\.12"),
+        (lambda: respaced(best(), [1.5, 12]), TypeError, r"a sequence of whole numbers, got \[1.5, 12\]"),
+        (lambda: respaced(best(), [True, 12]), TypeError, r"a sequence of whole numbers, got \[True, 12\]"),
+        (lambda: respaced(best(), 5), TypeError, "a sequence of whole numbers, got 5: give a list"),
+        (lambda: ancestral_sample(best(), 2, seed=-1), ValueError, "a seed >= 0, got -1"),
+        (lambda: interpolation(best()), TypeError, "a GaussianProcess, got DDPM: pass ddpm.process"),
     ],
 )
 def test_bad_calls_are_refused(call, error, match):

@@ -384,14 +384,14 @@ def test_the_sampling_update_in_the_letters_of_004():
         (lambda: DDPM(lambda x, t: x, NoiseSchedule(BETAS), (3,)), TypeError, "as a torch module, got function"),
         (lambda: ddpm(likelihood=Bernoulli()), TypeError, "a location and a scale, got Bernoulli"),
         (lambda: ddpm(likelihood=Categorical(4)), TypeError, "a location and a scale, got Categorical"),
-        (lambda: ddpm(network=Network(2)), ValueError, r"two data to have shape \[2, 3\], got \[2, 3, 2\]"),
+        (lambda: ddpm(network=Network(2)), ValueError, r"2 data to have shape \[2, 3\], got \[2, 3, 2\]"),
         (lambda: ddpm(variance="learned", network=Network()), ValueError, r"to have shape \[2, 3, 2\], got \[2, 3\]"),
         (
             lambda: DDPM(Network(), NoiseSchedule(BETAS), (4,)),
             ValueError,
             r"to take x_t of shape \[2, 4\] and t of shape \[2\], but it fails \(mat1 and mat2",
         ),
-        (lambda: ddpm(network=FirstDatumOnly()), ValueError, r"two data to have shape \[2, 3\], got \[1, 3\]"),
+        (lambda: ddpm(network=FirstDatumOnly()), ValueError, r"2 data to have shape \[2, 3\], got \[1, 3\]"),
         (lambda: ddpm(network=Pair()), TypeError, "one tensor of shape .*, got tuple: return the tensor itself"),
         (
             lambda: preset(schedule="quadratic"),

@@ -33,8 +33,9 @@ from torch.distributions import kl_divergence
 
 from inference.bounds.moments import Moments
 from inference.bounds.particles import forked_rng
-from inference.whole_numbers import whole_numbers
+from inference.whole_numbers import seed_number, whole_count, whole_numbers
 from ppl_models.ddpm import DDPM
+from ppl_models.evaluation_mode import evaluating
 from ppl_models.processes import GaussianProcess
 
 __all__ = ["DenoisingTheorem", "GaussianMixture", "OptimalDenoiser", "denoising_theorem"]
@@ -66,6 +67,9 @@ class GaussianMixture(nn.Module):
     def __init__(self, locs: Tensor, scales: Tensor, weights: Tensor | None = None) -> None:
         super().__init__()
         weights = torch.ones_like(scales) if weights is None else weights
+        for name, value in (("locs", locs), ("scales", scales), ("weights", weights)):
+            if not value.is_floating_point() or not bool(value.isfinite().all()):
+                raise ValueError(f"expected {name} as finite floats, got {value.dtype} {value.tolist()}")
         if locs.dim() != 2 or scales.shape != locs.shape[:1] or weights.shape != scales.shape:
             raise ValueError(
                 f"expected locs [J, D], scales [J] and weights [J], got {list(locs.shape)}, {list(scales.shape)} and "
@@ -174,6 +178,8 @@ def denoising_theorem(
         conditional  KL(q(x_{t-1} | x_t, x_0) || p_phi(x_{t-1} | x_t)) in closed form
         gap C        log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0), which no pair enters
 
+    The network is in evaluation mode for the time of the call.
+
     Args:
         pair: the DDPM, on data of shape [D].
         mixture: the law of the data.
@@ -182,7 +188,7 @@ def denoising_theorem(
         seed: of the draws; the same draws for every pair on the same process, so gaps of two pairs are equal to the bit.
 
     Raises:
-        ValueError: a t outside 2..T, data of another shape, or no draws.
+        ValueError: a t outside 2..T, data of another shape, no draws, or a seed below zero.
 
     Example:
         >>> from ppl_models.likelihoods import Normal
@@ -204,10 +210,9 @@ def denoising_theorem(
         raise ValueError(
             f"expected a pair on data of shape {list(mixture.locs.shape[1:])}, that of the mixture, got {list(pair.data_shape)}"
         )
-    if num_particles < 1:
-        raise ValueError(f"expected num_particles >= 1, got {num_particles}")
+    num_particles, seed = whole_count("num_particles", num_particles), seed_number(seed)
     rows = []
-    with torch.no_grad(), forked_rng():
+    with torch.no_grad(), forked_rng(), evaluating(pair):
         torch.manual_seed(seed)
         for t in steps:
             moments = {name: Moments() for name in ("marginal", "conditional", "gap", "residual")}

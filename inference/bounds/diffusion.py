@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from inference.bounds.diffusion_terms import DiffusionDecomposition, over_data
+from inference.bounds.diffusion_terms import DiffusionDecomposition, over_data, refuse_other_data
 from inference.bounds.moments import Moments
 from inference.bounds.seeded_draws import Streams, row_seeds, widened
 from inference.bounds.sites import NotANumberError
 from inference.bounds.terms import SiteTerm
 from inference.progress import Progress
-from inference.whole_numbers import whole_numbers
-from ppl_models.data_checks import refuse_other_than_tensor
+from inference.whole_numbers import seed_number, whole_count, whole_numbers
 from ppl_models.diffusion import Diffusion
+from ppl_models.evaluation_mode import evaluating
 
 __all__ = ["DiffusionDecomposition", "decompose_diffusion"]
 
@@ -95,31 +95,20 @@ def decompose_diffusion(
         raise TypeError(
             f"expected a diffusion such as DDPM, got {type(pair).__name__}: use decompose_elbo for other pairs"
         )
-    refuse_other_than_tensor(x_0, "x_0")
-    if x_0.dim() != len(pair.data_shape) + 1:
-        raise ValueError(f"expected x_0 of shape [B, {', '.join(map(str, pair.data_shape))}], got {list(x_0.shape)}")
-    pair.batch_size(x_0)
-    pair.check_data(x_0, "x_0")
+    refuse_other_data(pair, x_0)
     rows = max(1, NUMBERS_AT_ONCE // max(1, pair.output_shape.numel()))
     data_at_once = min(DATA_AT_ONCE, rows)
     chunk_size = min(ROWS_AT_ONCE, rows) if chunk_size is None else chunk_size
-    for name, value in (("num_particles", num_particles), ("chunk_size", chunk_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"expected a whole {name} >= 1, got {value!r}")
+    num_particles, chunk_size = whole_count("num_particles", num_particles), whole_count("chunk_size", chunk_size)
     chosen = _falling(timesteps, pair.num_timesteps)
-    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    seed = int(torch.randint(2**62, ())) if seed is None else seed_number(seed)
     blocks = x_0.split(data_at_once)
-    modes = [(module, module.training) for module in pair.modules()]
-    pair.eval()
-    try:
-        with torch.no_grad(), Progress("decomposing the bound", len(blocks) * len(chosen), unit="terms") as progress:
-            parts = []
-            for b, block in enumerate(blocks):
-                terms = _Terms(pair, block, num_particles, chunk_size, (seed, b), b * data_at_once, progress)
-                parts.append(terms.of(chosen))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    progress = Progress("decomposing the bound", len(blocks) * len(chosen), unit="terms")
+    with torch.no_grad(), evaluating(pair), progress:
+        parts = []
+        for b, block in enumerate(blocks):
+            terms = _Terms(pair, block, num_particles, chunk_size, (seed, b), b * data_at_once, progress)
+            parts.append(terms.of(chosen))
     return _joined(pair, chosen, parts, num_particles)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from inference.bounds.terms import Decomposition
+from ppl_models.data_checks import refuse_other_than_tensor
+from ppl_models.diffusion import Diffusion
 
 
 @dataclass(frozen=True)
@@ -97,3 +99,12 @@ class DiffusionDecomposition(Decomposition):
 def over_data(std_errors: Tensor) -> Tensor:
     """Standard error of the mean over independent data."""
     return std_errors.square().sum().sqrt() / std_errors.numel()
+
+
+def refuse_other_data(pair: Diffusion, x_0: Tensor) -> None:
+    """Raises TypeError or ValueError unless ``x_0`` is ``[B, *data_shape]`` and within what the pair models."""
+    refuse_other_than_tensor(x_0, "x_0")
+    if x_0.dim() != len(pair.data_shape) + 1:
+        raise ValueError(f"expected x_0 of shape [B, {', '.join(map(str, pair.data_shape))}], got {list(x_0.shape)}")
+    pair.batch_size(x_0)
+    pair.check_data(x_0, "x_0")

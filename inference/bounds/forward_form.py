@@ -24,11 +24,15 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from inference.bounds.diffusion_terms import refuse_other_data
 from inference.bounds.moments import Moments
 from inference.bounds.seeded_draws import Streams, row_seeds, widened
+from inference.bounds.sites import NotANumberError
 from inference.bounds.terms import Decomposition, SiteTerm
 from inference.progress import Progress
+from inference.whole_numbers import seed_number, whole_count
 from ppl_models.diffusion import Diffusion
+from ppl_models.evaluation_mode import evaluating
 
 ROWS_AT_ONCE = 1024
 
@@ -74,7 +78,8 @@ def decompose_forward(
 
     Raises:
         TypeError: not a diffusion.
-        ValueError: data of another shape or outside the support, or counts below one.
+        ValueError: data of another shape or outside the support, counts below one, or a seed below zero.
+        NotANumberError: the network returns NaN; the message names the step.
 
     Example:
         >>> from ppl_models.ddpm import DDPM
@@ -92,26 +97,16 @@ def decompose_forward(
         raise TypeError(
             f"expected a diffusion such as DDPM, got {type(pair).__name__}: use decompose_elbo for other pairs"
         )
-    pair.batch_size(x_0)
-    pair.check_data(x_0, "x_0")
-    for name, value in (("num_particles", num_particles), ("chunk_size", chunk_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"expected a whole {name} >= 1, got {value!r}")
-    seeds = row_seeds(int(torch.randint(2**62, ())) if seed is None else seed, (), num_particles)
+    refuse_other_data(pair, x_0)
+    num_particles, chunk_size = whole_count("num_particles", num_particles), whole_count("chunk_size", chunk_size)
+    seeds = row_seeds(int(torch.randint(2**62, ())) if seed is None else seed_number(seed), (), num_particles)
     at_once = max(1, chunk_size // len(x_0))
     sums = _Sums(pair)
-    modes = [(module, module.training) for module in pair.modules()]
-    pair.eval()
-    try:
-        with torch.no_grad(), Progress("decomposing the bound", num_particles, unit="chains") as progress:
-            for start in range(0, num_particles, at_once):
-                streams = Streams([seeds[start : start + at_once]], x_0.device)
-                count = len(seeds[start : start + at_once])
-                sums.add(*_chains(pair, x_0, count, streams))
-                progress.advance(count)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.no_grad(), evaluating(pair), Progress("decomposing the bound", num_particles, unit="chains") as progress:
+        for start in range(0, num_particles, at_once):
+            chunk = seeds[start : start + at_once]
+            sums.add(*_chains(pair, x_0, len(chunk), Streams([chunk], x_0.device)))
+            progress.advance(len(chunk))
     return sums.result()
 
 
@@ -127,6 +122,8 @@ def _chains(pair: Diffusion, x_0: Tensor, count: int, streams: Streams) -> tuple
         x_below, law = x_t, widened(process.transition(x_t, step))
         x_t = streams.draw(law)
         output = pair.denoise(x_t.to(x_0.dtype), step)
+        if bool(output.isnan().any()):
+            raise NotANumberError(f"expected a finite output of the network, got NaN at step {t}: look at its training")
         output = output.double() if output.is_floating_point() else output
         if t == 1:
             terms[0] = pair.reconstruction_law(output, x_t).log_prob(x_start)[0]

@@ -34,6 +34,7 @@ from inference.bounds.sites import (
     refuse_nan,
     sample_sites,
 )
+from inference.whole_numbers import whole_count
 
 Program = Callable[..., Any]
 
@@ -93,8 +94,7 @@ class Plan:
 
     def chunks(self, num_particles: int, chunk_size: int | None = None) -> Iterator[Particles]:
         """Yields chunks that hold ``num_particles`` particles together."""
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"expected a whole num_particles >= 1, got {num_particles!r}")
+        num_particles = whole_count("num_particles", num_particles)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"expected chunk_size >= 1 or None, got {chunk_size}")
         if not self.vectorized:

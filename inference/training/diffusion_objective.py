@@ -147,6 +147,7 @@ class DiffusionLoss(nn.Module):
 
     def terms_at(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
         """:meth:`terms` for t that the sampler drew, int64 ``[B]`` in 0..T-1."""
+        self._check_steps(t, x, self.pair.num_timesteps - 1)
         bound, _ = self._at(x, t, self._rows(t), True, False)
         return self._terms(x, t, self.sampler.weight(t), bound)
 
@@ -161,17 +162,8 @@ class DiffusionLoss(nn.Module):
             ValueError: a t outside 0..T.
             TypeError: t is not int64.
         """
-        last = self.pair.num_timesteps
-        if not isinstance(t, Tensor) or t.dtype != torch.long:
-            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"expected t as int64 tensor of steps 0..{last}, got {got}: use torch.tensor(t)")
-        outside = (t < 0) | (t > last)
-        if bool(outside.any()):
-            raise ValueError(
-                f"expected t in 0..{last}, got {int(t[outside][0])}: L_0 to L_{last} are the bound's terms"
-            )
         self._check(x)
-        self._one_for_each(t, x)
+        self._check_steps(t, x, self.pair.num_timesteps)
         inner = t.clamp(max=self.pair.num_timesteps - 1)
         bound, _ = self._at(x, inner, None, True, False)
         return torch.where(t == self.pair.num_timesteps, self._prior_matching(x), bound)
@@ -179,7 +171,7 @@ class DiffusionLoss(nn.Module):
     def auxiliary(self, x: Tensor, t: Tensor) -> Tensor:
         """The auxiliary loss of each datum at x_{t+1}, ``[B]``; arguments as in :meth:`term`, t in 0..T-1."""
         self._check(x)
-        self._one_for_each(t, x)
+        self._check_steps(t, x, self.pair.num_timesteps - 1)
         return self._at(x, t, None, False, True)[1]
 
     def extra_repr(self) -> str:
@@ -202,7 +194,18 @@ class DiffusionLoss(nn.Module):
             self.pair.check_data(x)
             self._checked = True
 
-    def _one_for_each(self, t: Tensor, x: Tensor) -> None:
+    def _check_steps(self, t: Tensor, x: Tensor, last: int) -> None:
+        """Refuses all but one t in 0..last for each datum."""
+        if not isinstance(t, Tensor) or t.dtype != torch.long:
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"expected t as int64 tensor of steps 0..{last}, got {got}: use torch.tensor(t)")
+        if not shapes_are_fixed():
+            outside = (t < 0) | (t > last)
+            if bool(outside.any()):
+                raise ValueError(
+                    f"expected t in 0..{last}, got {int(t[outside][0])}: L_0 to L_{self.pair.num_timesteps} are the bound's "
+                    "terms, and all but the last take a step of the chain"
+                )
         if t.shape != x.shape[:1]:
             raise ValueError(f"expected one t for each of the {len(x)} data, got t of shape {list(t.shape)}")
 

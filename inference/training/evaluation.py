@@ -29,6 +29,7 @@ from inference.training.items import first_entry
 from inference.training.noise import noise_seed, seed_noise
 from inference.training.scaling import binarize
 from ppl_models.diffusion import Diffusion
+from ppl_models.evaluation_mode import evaluating
 from ppl_models.pair import ModelGuidePair
 
 ACTIVE_VARIANCE = 0.01
@@ -96,29 +97,23 @@ def evaluate(
         (True, 10)
     """
     pair = loss.pair
-    modes = [(module, module.training) for module in pair.modules()]
-    pair.eval()
     # A diffusion's latents are the process's, with nothing learned in them to be active.
     sites = () if isinstance(pair, Diffusion) else pair.latent_sites
     sums, units = _Sums(layers(pair)), _Units(sites)
-    try:
-        with torch.no_grad(), forked_rng():
-            batches = iterate(data, batch_size, epoch=0, seed=0, shuffle=False, device=device, rank=rank, world=world)
-            for b, (indices, x) in enumerate(batches):
-                if len(indices):
-                    seed_noise(noise_seed(seed, b, rank), x.device)
-                    x = binarize(x) if dynamic else x
-                    terms = loss.terms(x)
-                    _refuse_not_finite(terms, indices.cpu() if rows is None else rows[indices.cpu()])
-                    sums.add({name: term.detach().cpu().double() for name, term in terms.items()}, loss.latents)
-                    units.add(guide_means(pair, x, sites))
-                each_batch()
-            if sums.count == 0:  # this process had no share at all, but must know the shapes that it adds nothing to
-                x = first_entry(data[0])[None].to(device)
-                units.add({site: torch.zeros_like(mean[:0]) for site, mean in guide_means(pair, x, sites).items()})
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.no_grad(), forked_rng(), evaluating(pair):
+        batches = iterate(data, batch_size, epoch=0, seed=0, shuffle=False, device=device, rank=rank, world=world)
+        for b, (indices, x) in enumerate(batches):
+            if len(indices):
+                seed_noise(noise_seed(seed, b, rank), x.device)
+                x = binarize(x) if dynamic else x
+                terms = loss.terms(x)
+                _refuse_not_finite(terms, indices.cpu() if rows is None else rows[indices.cpu()])
+                sums.add({name: term.detach().cpu().double() for name, term in terms.items()}, loss.latents)
+                units.add(guide_means(pair, x, sites))
+            each_batch()
+        if sums.count == 0:  # this process had no share at all, but must know the shapes that it adds nothing to
+            x = first_entry(data[0])[None].to(device)
+            units.add({site: torch.zeros_like(mean[:0]) for site, mean in guide_means(pair, x, sites).items()})
     count, elbo, rate, distortion, *rates = reduce(sums.totals()).tolist()
     mean = elbo / count
     squares = float(reduce(sums.squares_about(mean)))

@@ -25,6 +25,7 @@ from inference.bounds.closed_forms import site_divergence
 from inference.bounds.particles import Plan, forked_rng, make_plan
 from inference.bounds.sites import PairError, Site, is_deterministic
 from inference.bounds.validity import ClosedForms, find_closed_forms
+from ppl_models.evaluation_mode import evaluating
 from ppl_models.pair import ModelGuidePair
 
 
@@ -143,15 +144,9 @@ class ElboLoss(nn.Module):
         The caller's random state and the networks' running statistics are left as they were: a resumed run prepares at
         another step than the first did, and must go on the same all the same.
         """
-        modes = [(module, module.training) for module in self.pair.modules()]
-        self.pair.eval()
-        try:
-            with torch.no_grad(), forked_rng():
-                plan = make_plan(self.pair.model, self.pair.guide, (x,), {}, vectorize=False)
-                return plan, find_closed_forms(plan) if self.closed_form else ClosedForms()
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with torch.no_grad(), forked_rng(), evaluating(self.pair):
+            plan = make_plan(self.pair.model, self.pair.guide, (x,), {}, vectorize=False)
+            return plan, find_closed_forms(plan) if self.closed_form else ClosedForms()
 
     def _prepare(self, x: Tensor) -> None:
         """Checks the pair and decides which closed forms are terms."""

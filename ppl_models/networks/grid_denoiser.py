@@ -20,7 +20,7 @@ The one constraint: data are on the grid of K levels in [-1, 1]; the schedule is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -115,6 +115,13 @@ class GridDenoiser(nn.Module):
         mean = p @ values
         return mean, (p * (values - mean.unsqueeze(-1)).square()).sum(-1)
 
+    def respaced(self, schedule: Schedule, timesteps: Sequence[int]) -> GridDenoiser:
+        """The denoiser of the chain that visits only ``timesteps``, whose schedule that is: the same F, the variance its own.
+
+        F is shared, not copied. A chain of one step has no reverse variance, and so no such denoiser.
+        """
+        return GridDenoiser(AtSteps(self.network, timesteps), schedule)  # type: ignore[arg-type]
+
     def _steps(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The tables at t, in the dtype of x_t and shaped to broadcast against it."""
         batch = self.network.batch_shape(x_t)
@@ -137,3 +144,23 @@ class GridDenoiser(nn.Module):
             assert moved is not None
             self._buffers[name] = table.to(moved.device)
         return self
+
+
+class AtSteps(nn.Module):
+    """A :class:`Denoiser` seen from a coarser chain, whose step i is its step t_i; i = 0 is the data."""
+
+    timesteps: Tensor
+
+    def __init__(self, network: Denoiser, timesteps: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.inputs, self.outputs = network, network.inputs, network.outputs
+        device = next(network.parameters(), torch.empty(0)).device
+        self.register_buffer("timesteps", torch.tensor([0, *timesteps], device=device), persistent=False)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's output at t_i."""
+        return self.network(x_t, self.timesteps[t])
+
+    def batch_shape(self, x_t: Tensor) -> torch.Size:
+        """The network's own."""
+        return self.network.batch_shape(x_t)

@@ -54,7 +54,9 @@ class DenseTransitions(Transitions):
                 [0.1800, 0.8200]], dtype=torch.float64)
     """
 
-    log_columns: Tensor  # log Q_t transposed: a step of training reads columns, and columns of a row-major table are slow
+    log_columns: (
+        Tensor  # log Q_t transposed: a step of training reads columns, and columns of a row-major table are slow
+    )
     log_products: Tensor
     _products: Tensor  # Qbar_t itself, so that no step takes K^2 exponentials
     _log_stationary: Tensor

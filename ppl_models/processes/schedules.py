@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -259,13 +260,22 @@ class NoiseSchedule:
 
         Raises:
             ValueError: steps outside 1..T or not increasing.
+            TypeError: no sequence, or numbers that are not whole.
 
         Example:
             >>> full = NoiseSchedule.cosine(100)
             >>> bool(torch.allclose(full.respaced([50, 100]).alpha_bar, full.alpha_bar[[49, 99]]))
             True
         """
-        steps = list(timesteps)
+        try:
+            steps = [operator.index(t) for t in timesteps if not isinstance(t, bool)]
+            whole = len(steps) == len(timesteps)
+        except TypeError:
+            whole = False
+        if not whole:
+            raise TypeError(
+                f"expected timesteps as a sequence of whole numbers, got {timesteps!r}: give a list of ints"
+            )
         if (
             not steps
             or steps[0] < 1

@@ -3,6 +3,8 @@
 z-tests hold at most 6.5 standard errors with 20000 draws behind each: below 1e-8 for the family.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -176,6 +178,17 @@ def test_a_wrong_mixture_has_another_gap():
     assert abs(float(result.gap[0]) - gap) > 3 * Z_MAX * float(result.gap_std_error[0])
 
 
+def test_dropout_is_off_and_modes_are_put_back():
+    class Dropping(Shifted):
+        def forward(self, x_t, t):
+            return nn.functional.dropout(self.best(x_t, t), 0.5, self.training)
+
+    dropping = DDPM(Dropping(), NoiseSchedule(BETAS), (1,), "x_0", "beta", Normal()).train()
+    found = denoising_theorem(dropping, mixture(), [3], num_particles=100).conditional
+    assert torch.equal(found, denoising_theorem(pair(), mixture(), [3], num_particles=100).conditional)
+    assert dropping.network.training
+
+
 def test_table():
     table = denoising_theorem(pair(), mixture(), [3, 2], num_particles=10).table()
     assert [line.split()[0] for line in table.splitlines()] == ["t", "-", "3", "2"]
@@ -187,6 +200,10 @@ def test_table():
         (lambda: denoising_theorem(pair(), mixture(), [1]), r"timesteps in 2\.\.3"),
         (lambda: denoising_theorem(pair(), mixture(), [4]), r"timesteps in 2\.\.3"),
         (lambda: denoising_theorem(pair(), mixture(), [2], num_particles=0), "num_particles >= 1"),
+        (lambda: denoising_theorem(pair(), mixture(), [2], num_particles=2.5), "num_particles >= 1, got 2.5"),
+        (lambda: denoising_theorem(pair(), mixture(), [2], seed=-1), "a seed >= 0, got -1"),
+        (lambda: GaussianMixture(torch.tensor([[math.nan]]), torch.ones(1)), "locs as finite floats"),
+        (lambda: GaussianMixture(torch.zeros(1, 1), torch.ones(1, dtype=torch.long)), "scales as finite floats"),
         (
             lambda: denoising_theorem(pair(), GaussianMixture(torch.zeros(1, 2), torch.ones(1)), [2]),
             r"data of shape \[2\], that of the mixture, got \[1\]",

@@ -285,6 +285,8 @@ def test_a_nan_is_named():
         (lambda p, x: decompose_diffusion(p, x, num_particles=0), ValueError, "whole num_particles >= 1"),
         (lambda p, x: decompose_diffusion(p, x, num_particles=2.0), ValueError, "whole num_particles >= 1"),
         (lambda p, x: decompose_diffusion(p, x, chunk_size=0), ValueError, "whole chunk_size >= 1"),
+        (lambda p, x: decompose_diffusion(p, x, seed=-1), ValueError, "a seed >= 0, got -1"),
+        (lambda p, x: decompose_diffusion(p, x, seed=1.5), TypeError, "whole numbers as seed, got 1.5"),
         (lambda p, x: decompose_diffusion(p, x, timesteps=[5]), ValueError, r"distinct timesteps in 0\.\.4"),
         (lambda p, x: decompose_diffusion(p, x, timesteps=[-1]), ValueError, r"distinct timesteps in 0\.\.4"),
         (lambda p, x: decompose_diffusion(p, x, timesteps=[1, 1]), ValueError, r"distinct timesteps in 0\.\.4"),

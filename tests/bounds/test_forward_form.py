@@ -148,6 +148,8 @@ def test_why_no_closed_form_is_said(known):
     [
         (lambda p, x: decompose_forward(LinearGaussian.random(2, 1), x), TypeError, "use decompose_elbo"),
         (lambda p, x: decompose_forward(p, x + 0.1), ValueError, "evenly spaced values"),
+        (lambda p, x: decompose_forward(p, x[None]), ValueError, r"x_0 of shape \[B, 2\], got \[1, "),
+        (lambda p, x: decompose_forward(p, x, seed=-1), ValueError, "a seed >= 0, got -1"),
         (lambda p, x: decompose_forward(p, x, num_particles=0), ValueError, "whole num_particles >= 1"),
         (lambda p, x: decompose_forward(p, x, chunk_size=-1), ValueError, "whole chunk_size >= 1"),
     ],

@@ -10,7 +10,8 @@ from scipy.special import logsumexp
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from inference import decompose_diffusion
+from inference import ancestral_sample, decompose_diffusion
+from inference.respacing import respaced
 from ppl_models import DDPM, NoiseSchedule
 from ppl_models.likelihoods import DiscretizedNormal
 from ppl_models.networks import ResidualMLP
@@ -175,9 +176,53 @@ def test_its_description_makes_the_same_module():
     assert torch.equal(again(x, t), network(x, t))
 
 
+def grid_ddpm(own=None, schedule=None, levels=5, **options):
+    schedule = NoiseSchedule.cosine(9) if schedule is None else schedule
+    network = GridDenoiser(ResidualMLP((4,), hidden=8, blocks=1, outputs=5), schedule if own is None else own)
+    return DDPM(
+        network, schedule, (4,), likelihood=DiscretizedNormal(levels), **({"variance": "learned"} | options)
+    ).double()
+
+
+def test_respaced_it_has_the_variance_of_the_coarse_chain():
+    schedule, log_prior = log_snr_schedule(40), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    pair = DDPM(
+        GridDenoiser(FixedPrior(log_prior[None]), schedule),
+        schedule,
+        (1,),
+        variance="learned",
+        likelihood=DiscretizedNormal(3),
+    ).double()
+    steps = [1, 8, 20, 40]
+    coarse = respaced(pair, steps)
+    alpha_bar = np.cumprod(1 - schedule.beta.numpy())[[t - 1 for t in steps]]
+    betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
+    seen = 0
+    for i in (2, 3, 4):
+        x_t, t = torch.tensor([[0.3]], dtype=torch.float64), torch.tensor([i])
+        _, _, variance = by_bayes(0.3, i, log_prior.numpy(), betas)
+        law = coarse.reverse(x_t, t).base_dist
+        low, high = betas[i - 1] * (1 - alpha_bar[i - 2]) / (1 - alpha_bar[i - 1]), betas[i - 1]
+        weight = (math.log(variance) - math.log(low)) / math.log(high / low)
+        if 0.01 <= weight <= 0.99:  # what the parameterisation reaches
+            seen += 1
+            assert law.variance.item() == pytest.approx(variance, rel=1e-6)
+            fine = pair.scale(pair.denoise(x_t, torch.tensor([steps[i - 1]])), x_t, torch.tensor([steps[i - 1]]))
+            assert law.variance.item() != pytest.approx(fine.item() ** 2, rel=1e-2)
+    assert seen >= 2
+    assert [p is q for p, q in zip(coarse.parameters(), pair.parameters(), strict=True)] == [True]
+    assert respaced(pair, [40]).model(size=2).shape == (2, 1)  # one step: no reverse variance to know
+    assert ancestral_sample(pair, 5, 4, seed=0).shape == (5, 1)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
+        (lambda: grid_ddpm(NoiseSchedule.cosine(8)), r"own schedule, NoiseSchedule.cosine\(9\), got one with .*\(8\)"),
+        (lambda: grid_ddpm(NoiseSchedule.geometric(9)), r"own schedule, NoiseSchedule.cosine\(9\)"),
+        (lambda: grid_ddpm(predict="x_0"), "predict='eps' and variance='learned' with a GridDenoiser, .*'x_0'"),
+        (lambda: grid_ddpm(variance="beta"), "predict='eps' and variance='learned' with a GridDenoiser, .*'beta'"),
+        (lambda: grid_ddpm(levels=9), "of the likelihood's 9 levels, got 5"),
         (
             lambda: GridDenoiser(ResidualMLP((4,)), NoiseSchedule.cosine(9)),
             "one input and K >= 2 outputs per entry, got 1 and 1",
@@ -192,5 +237,6 @@ def test_its_description_makes_the_same_module():
     ],
 )
 def test_what_does_not_fit_is_refused(make, match):
+    grid_ddpm(NoiseSchedule.cosine(9))
     with pytest.raises(ValueError, match=match):
         make()

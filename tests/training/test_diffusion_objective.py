@@ -304,6 +304,10 @@ def test_terms_that_there_are_not_are_refused():
     for t in (3, -1):
         with pytest.raises(ValueError, match=rf"t in 0..2, got {t}: L_0 to L_2"):
             DiffusionLoss(pair).term(x, torch.full((4,), t))
+    for t in (2, -5):  # the prior's term takes no step of the chain
+        for call in (DiffusionLoss(pair).auxiliary, DiffusionLoss(pair).terms_at):
+            with pytest.raises(ValueError, match=rf"t in 0..1, got {t}: L_0 to L_2"):
+                call(x, torch.tensor([0, 0, 0, t]))
     with pytest.raises(TypeError, match=r"int64 tensor of steps 0..2, got int"):
         DiffusionLoss(pair).term(x, 2)
     with pytest.raises(ValueError, match=r"t in 1..2, got 0"):

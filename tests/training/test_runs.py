@@ -19,8 +19,9 @@ from inference.training.metrics import append_metrics, read_metrics, write_metri
 from inference.training.runs import Run
 from inference.training.storage import RunLock, RunLocked, StorageError
 from inference.training.texts import ContentError
-from ppl_models import VAE, LinearGaussian
+from ppl_models import VAE, LinearDiffusion, LinearGaussian, NoiseSchedule
 from ppl_models.likelihoods import Bernoulli, Normal
+from ppl_models.registry import build, describe
 from tests.training.saved_states import same
 from tests.training.training_pairs import PointMass, linear_vae, points
 
@@ -305,6 +306,16 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
 def test_metrics_that_cannot_be_written_are_loud(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"cannot write .*metrics.csv: No such file or directory; make room"):
         append_metrics(tmp_path / "absent" / "metrics.csv", {"epoch": 1.0})
+
+
+def test_a_diffusion_that_learned_its_own_law_loads(tmp_path):
+    pair = LinearDiffusion(NoiseSchedule.cosine(4), [0.5, -1.0], [0.8, 0.3]).double()
+    assert describe(build(describe(pair))) == describe(pair)
+    x = torch.randn(16, 2, dtype=torch.float64)
+    trained = fit(pair, x, tmp_path / "run", epochs=2, progress=False).pair
+    assert not torch.equal(trained.network.loc, torch.tensor([0.5, -1.0], dtype=torch.float64))
+    again = load_run(tmp_path / "run").pair
+    assert torch.equal(again.terms(x), trained.terms(x))
 
 
 @pytest.mark.parametrize(
