@@ -8,17 +8,19 @@ itself, so that from one seed both draw the same.
     fast = compile_objective(loss, x)
     fast(x).mean().backward()           # in place of loss(x).mean().backward()
 
-A graph holds for one *signature*: shape and dtype of x, dtypes and devices of the parameters, which of them are trained,
-which modules are in training mode, autocasting, and whether gradients are recorded. Another signature is traced when it is
-met, and runs uncompiled until it has been met often enough to be worth compiling. Each such event is logged in a sentence.
+A graph holds for one *signature*: shape and dtype of x, dtypes, strides and devices of the parameters, which of them are
+trained, which modules are in training mode, autocasting, and whether gradients are recorded. Another signature is traced when
+it is met, and runs uncompiled until it has been met often enough to be worth compiling. Each such event is logged.
 
 The one constraint: what is no parameter, buffer or x is frozen as it was when traced, such as the number of particles; and
-no Python decision may hang on a tensor's value.
+no Python decision may hang on a tensor's value. The gradient is one of all differentiable outputs together: those that a
+backward pass leaves out count with zero, as under ``torch.compile``.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,14 +38,25 @@ from inference.bounds.particles import forked_rng
 from inference.training.flat_graph import Backend, FlatGraph, InPlaceError, Sample
 from inference.training.inductor import compile_graph, options_of
 from inference.training.module_state import ModuleState
-from inference.training.traceability import NotTraceableError, check_same, explain, gradients_of_sum
+from inference.training.traceability import (
+    NotTraceableError,
+    check_same,
+    explain,
+    gradients_of_sum,
+    own_attributes_kept,
+    python_noise_refused,
+)
 
 __all__ = ["CompiledObjective", "NotTraceableError", "compile_objective"]
 
 COMPILE_AFTER = 20  # calls at a signature other than the example's
 MAX_GRAPHS = 16
 
+_SEED = 20_180_515  # of the draws compared: no seed that a program is likely to set itself
+_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device)  # what may come back beside tensors
+
 _LOG = logging.getLogger(__name__)
+_LOCK = threading.RLock()  # tracing puts stand-ins in the places of parameters, which no other thread may read
 
 
 def compile_objective(
@@ -130,28 +143,43 @@ class CompiledObjective(nn.Module):
         self.history: list[str] = []
         self._options = options
         self._backend: Backend | None = self._inductor if isinstance(backend, str) else backend
-        self._graphs: dict[Any, _Traced | None] = {}
-        self._traced_modules = list(loss.modules())
-        self._state = ModuleState(loss)
+        self._begin()
 
     def forward(self, x: Tensor) -> Any:
         """What the loss's method returns at ``x``, on fresh draws."""
-        inputs = [*self._state.read(), x.contiguous()]
-        traced = self._traced(inputs)
-        if traced is None:
-            return getattr(self.loss, self.method)(x)
-        if not traced.compiled and self._backend is not None:
-            traced.calls += 1
-            if traced.calls == COMPILE_AFTER:
-                self._compile(traced, inputs)
-        return traced.graph(inputs)
+        with _LOCK:
+            inputs = self._inputs(x)
+            traced = self._traced(inputs)
+            if traced is not None and not traced.compiled and self._backend is not None:
+                traced.calls += 1
+                if traced.calls == COMPILE_AFTER:
+                    self._compile(traced, inputs)
+        return getattr(self.loss, self.method)(x) if traced is None else traced.graph(inputs)
 
     def prepare(self, x: Tensor) -> None:
         """Traces and compiles for batches like ``x``, if that has not been done; see :func:`compile_objective`."""
-        inputs = [*self._state.read(), x.contiguous()]
-        traced = self._traced(inputs)
-        if traced is not None and not traced.compiled and self._backend is not None:
-            self._compile(traced, inputs)
+        with _LOCK:
+            inputs = self._inputs(x)
+            traced = self._traced(inputs)
+            if traced is not None and not traced.compiled and self._backend is not None:
+                self._compile(traced, inputs)
+
+    def _inputs(self, x: Tensor) -> list[Tensor]:
+        """Parameters, buffers and data as they are now."""
+        if not self._state.is_current():
+            self._begin()
+            self._say("modules or ties of the loss are not those that were traced: traced anew", logging.WARNING)
+        return [*self._state.read(), x.contiguous()]
+
+    def _begin(self) -> None:
+        """No graphs yet, for the modules that there are."""
+        self._graphs: dict[Any, _Traced | None] = {}
+        self._traced_modules = list(self.loss.modules())
+        self._state = ModuleState(self.loss)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs, which are traced anew: unpickled, torch's would have their random numbers frozen."""
+        return vars(self) | {"_graphs": {}}
 
     def _traced(self, inputs: list[Tensor]) -> _Traced | None:
         key = self._signature(inputs)
@@ -164,7 +192,7 @@ class CompiledObjective(nn.Module):
             torch.is_grad_enabled(),
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
             tuple([module.training for module in self._traced_modules]),
-            tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in inputs]),
+            tuple([(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in inputs]),
         )
 
     def _meet(self, key: Any, inputs: list[Tensor]) -> _Traced | None:
@@ -208,31 +236,28 @@ class CompiledObjective(nn.Module):
     def _inductor(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Any:
         return compile_graph(graph, inputs, self._options)
 
-    def _run(self, inputs: Any) -> Any:
-        """The loss as a function of its parameters, buffers and x."""
-        with self._state.replaced(inputs[:-1]):
-            return getattr(self.loss, self.method)(inputs[-1])
-
     def _trace(self, inputs: list[Tensor]) -> FlatGraph:
         """The flat graph, checked against the loss; random state and buffers stay as they were."""
         with forked_rng(), _kept(inputs[self._state.num_parameters : -1]) as put_back:
-            torch.manual_seed(0)
-            sample = self._sample(inputs)
+            torch.manual_seed(_SEED)
+            with python_noise_refused():
+                sample = self._sample(inputs)
             buffers = [inputs[i].clone() for i in sample.mutated]
             gradients = gradients_of_sum(sample.values, [inputs[i] for i in sample.wanted])
             put_back()
             try:
-                with pyro.validation_enabled(False):  # it reads values
-                    graph = FlatGraph(self._run, sample)
-            except InPlaceError:
+                with pyro.validation_enabled(False), own_attributes_kept(self.loss):  # validation reads values
+                    graph = FlatGraph(getattr(self.loss, self.method), self._state.replaced, sample)
+                torch.manual_seed(_SEED)
+                values = [leaf for leaf in tree_flatten(graph(inputs))[0] if isinstance(leaf, Tensor)]
+                found = gradients_of_sum(values, [inputs[i] for i in sample.wanted])
+            except (InPlaceError, NotTraceableError):
                 raise
             except Exception as error:  # tracing fails in as many ways as programs are written
                 raise NotTraceableError(explain(error)) from error
-            torch.manual_seed(0)
-            values = [leaf for leaf in tree_flatten(graph(inputs))[0] if isinstance(leaf, Tensor)]
             check_same("value", values, sample.values)
             check_same("new buffer", [inputs[i] for i in sample.mutated], buffers)
-            check_same("gradient", gradients_of_sum(values, [inputs[i] for i in sample.wanted]), gradients)
+            check_same("gradient", found, gradients)
         return graph
 
     def _sample(self, inputs: list[Tensor]) -> Sample:
@@ -240,6 +265,12 @@ class CompiledObjective(nn.Module):
         state, x = inputs[:-1], inputs[-1]
         before = [(tensor.detach().clone(), tensor._version) for tensor in state]
         leaves, spec = tree_flatten(getattr(self.loss, self.method)(x if x.requires_grad else x.clone()))
+        for leaf in leaves:
+            if leaf is not None and not isinstance(leaf, (Tensor, *_PLAIN)):
+                raise NotTraceableError(
+                    f"expected a loss that returns a nest of tensors, got a {type(leaf).__name__} in it, which a graph would "
+                    "return as it was for the example: return the tensors themselves"
+                )
         mutated = [i for i, tensor in enumerate(state) if _changed(tensor, *before[i])]
         if self._state.write(state):
             raise NotTraceableError(

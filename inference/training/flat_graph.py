@@ -35,7 +35,8 @@ from inference.training.inductor import Boxed
 __all__ = ["Backend", "FlatGraph", "InPlaceError", "Sample", "without_autocast"]
 
 Backend = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
-Run = Callable[[Sequence[Tensor]], Any]
+Run = Callable[[Tensor], Any]
+Replaced = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
 
 
 class InPlaceError(ValueError):
@@ -74,14 +75,15 @@ class FlatGraph:
     """A traced loss, to be called with inputs in the order in which it was traced.
 
     Args:
-        run: the loss as a function of its inputs, returning any nest of tensors.
+        run: the loss as a function of its data, returning any nest of tensors.
+        replaced: a context in which other tensors stand in the places of its parameters and buffers.
         sample: one call of it.
 
     Raises:
         InPlaceError: the loss changes data or parameters in place.
     """
 
-    def __init__(self, run: Run, sample: Sample) -> None:
+    def __init__(self, run: Run, replaced: Replaced, sample: Sample) -> None:
         self.spec, self.mutated = sample.spec, sample.mutated
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in sample.leaves]
         self.is_tensor = [isinstance(leaf, Tensor) for leaf in sample.leaves]
@@ -89,7 +91,7 @@ class FlatGraph:
         self.num_values = len(sample.values)
         self.num_kept = self.num_values + len(self.mutated)
         self.replays = False  # whether a CUDA graph owns the memory of what the halves return
-        joint, self.reached = _trace(run, sample)
+        joint, self.reached = _trace(run, replaced, sample)
         self.forward: Callable[..., Any] = joint
         self.backward: Callable[..., Any] | None = None
         if any(self.differentiable):
@@ -196,7 +198,7 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _trace(run: Run, sample: Sample) -> tuple[GraphModule, list[int]]:
+def _trace(run: Run, replaced: Replaced, sample: Sample) -> tuple[GraphModule, list[int]]:
     """The flat graph of values, new buffers and gradients, and which inputs the gradients are of."""
     reached: list[int] = []
 
@@ -206,18 +208,18 @@ def _trace(run: Run, sample: Sample) -> tuple[GraphModule, list[int]]:
             inputs[i] = inputs[i].detach().requires_grad_()
         for i in sample.mutated:
             inputs[i] = inputs[i].clone()
-        values = [leaf for leaf in tree_flatten(run(inputs))[0] if isinstance(leaf, Tensor)]
-        outputs = [*values, *(inputs[i] for i in sample.mutated)]
-        if cotangents:
-            gradients = torch.autograd.grad(
-                [value for value in values if value.requires_grad],
-                [inputs[i] for i in sample.wanted],
-                cotangents,
-                allow_unused=True,
-            )
-            reached[:] = [i for i, g in zip(sample.wanted, gradients, strict=True) if g is not None]
-            outputs += [g for g in gradients if g is not None]
-        return outputs
+        gradients: Sequence[Tensor | None] = ()
+        with replaced(inputs[:-1]):  # for the gradient too: checkpointed parts are run again by it
+            values = [leaf for leaf in tree_flatten(run(inputs[-1]))[0] if isinstance(leaf, Tensor)]
+            if cotangents:
+                gradients = torch.autograd.grad(
+                    [value for value in values if value.requires_grad],
+                    [inputs[i] for i in sample.wanted],
+                    cotangents,
+                    allow_unused=True,
+                )
+        reached[:] = [i for i, g in zip(sample.wanted, gradients, strict=False) if g is not None]
+        return [*values, *(inputs[i] for i in sample.mutated), *(g for g in gradients if g is not None)]
 
     fake = FakeTensorMode()  # one without symbols: what depends on a value is refused rather than left open
     primals = [fake.from_tensor(tensor.detach()) for tensor in sample.inputs]
@@ -239,6 +241,7 @@ def _tidied(traced: GraphModule, num_primals: int) -> GraphModule:
 
     Raises:
         InPlaceError: an input is written to.
+        ValueError: a draw from a generator of its own, which would go on from call to call.
     """
     graph, new = Graph(), dict[Node, Node]()
     number = 0
@@ -248,6 +251,10 @@ def _tidied(traced: GraphModule, num_primals: int) -> GraphModule:
             new[node] = graph.placeholder(name)
             new[node].meta = dict(node.meta)
             number += 1
+        elif node.kwargs.get("generator") is not None:
+            raise ValueError(
+                "it draws from a torch.Generator of its own, which a graph would not seed anew; draw from torch's own"
+            )
         elif node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
             raise InPlaceError(
                 "expected a loss that leaves data and parameters as they are, but it changes one in place, of shape "
@@ -255,6 +262,8 @@ def _tidied(traced: GraphModule, num_primals: int) -> GraphModule:
             )
         elif _changes_nothing(node):
             new[node] = new[node.args[0]]
+        elif node.target is torch.ops.aten.bernoulli.p and not node.args[0].meta["val"].is_contiguous():
+            new[node] = _bernoulli_in_memory_order(graph, new[node.args[0]], node)
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.eliminate_dead_code()
@@ -269,6 +278,24 @@ def _changes_nothing(node: Node) -> bool:
         return False
     source = node.args[0]
     return isinstance(source, Node) and source.meta["val"].shape == node.meta["val"].shape
+
+
+def _bernoulli_in_memory_order(graph: Graph, source: Node, node: Node) -> Node:
+    """Dropout's ``empty_like(h).bernoulli_(p)`` for an h that is dense without being contiguous.
+
+    It is filled in the order of its memory; the functional ``bernoulli(h, p)`` that it became draws in the order of indices.
+    """
+    value = node.args[0].meta["val"]  # type: ignore[union-attr]
+    order = sorted(range(value.dim()), key=lambda i: -value.stride(i))
+    back = [order.index(i) for i in range(value.dim())]
+    call, aten = graph.call_function, torch.ops.aten
+    dense = call(aten.permute.default, (source, order))
+    dense.meta = {"val": value.permute(order)}
+    drawn = call(aten.bernoulli.p, (dense, *node.args[1:]), node.kwargs)
+    drawn.meta = dict(node.meta) | {"val": torch.empty_like(dense.meta["val"], memory_format=torch.contiguous_format)}
+    result = call(aten.permute.default, (drawn, back))
+    result.meta = {"val": drawn.meta["val"].permute(back)}
+    return result
 
 
 def _ones_like(value: Tensor) -> Tensor:

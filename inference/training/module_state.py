@@ -3,7 +3,8 @@
 A tensor that is registered twice (tied weights), or through a module that is registered twice, is one tensor with several
 places, and all of them change together. ``torch.func.functional_call`` puts back the first of these places alone.
 
-The one constraint: the modules stay the ones that they were; tensors in them may be replaced.
+The one constraint: the modules stay the ones that they were, and so do the ties; tensors in them may be replaced. Whether it
+holds is told by :meth:`ModuleState.is_current`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,18 @@ class ModuleState:
             if kind == "_parameters":
                 self.num_parameters = len(places)
         self._places = list(places.values())
+        self._tied = [found for found in self._places if len(found) > 1]
+        self._children = [(m._modules, name, child) for m in module.modules() for name, child in m._modules.items()]
+
+    def is_current(self) -> bool:
+        """Whether modules and ties are those that there were when this was made, and no tensor was taken away."""
+        for home, name, child in self._children:
+            if home.get(name) is not child:
+                return False
+        for (home, key), *_ in self._places:
+            if home.get(key) is None:
+                return False
+        return all(len({id(home.get(key)) for home, key in places}) == 1 for places in self._tied)
 
     def read(self) -> list[Tensor]:
         """The tensors as they are now."""

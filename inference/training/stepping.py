@@ -8,6 +8,7 @@ run takes the very steps it would have taken.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor
 from inference.training.compilation import CompiledObjective, compile_objective
 from inference.training.config import ConfigError, TrainConfig
 from inference.training.objectives import TrainingStep
-from inference.training.traceability import NotTraceableError
 
 CPU_STEPS, CUDA_STEPS = 40_000, 5_000
 BACKEND = "inductor"
+
+_LOG = logging.getLogger(__name__)
 
 
 class Stepper:
@@ -50,7 +52,8 @@ class Stepper:
         long = total_steps >= enough and config.processes == 1
         self.wanted = self.required or (config.compile == "auto" and long)
         self.fast: CompiledObjective | None = None
-        self._said_partial = False
+        self.reason = self._reason(config, total_steps, enough)
+        self._announced = self._said_partial = False
 
     def __call__(self, x: Tensor) -> Any:
         """The objective and the terms of a batch, see :class:`TrainingStep`.
@@ -58,6 +61,10 @@ class Stepper:
         Raises:
             ConfigError: a loss that cannot be compiled, with ``compile="on"``.
         """
+        if not self._announced:
+            self._announced = True
+            if self.reason:
+                self.say(self.reason)
         if not self.wanted:
             return self.loss.step(x)
         if len(x) != self.full_batch:
@@ -71,14 +78,26 @@ class Stepper:
                 return self.loss.step(x)
         return TrainingStep(*self.fast(x))
 
+    def _reason(self, config: TrainConfig, total_steps: int, enough: int) -> str:
+        """Why a run is not compiled, in a few words; empty where it is, or was asked not to be."""
+        if self.wanted or config.compile == "off":
+            return ""
+        why = (
+            f"{total_steps:,} steps, and compiling pays from {enough:,}"
+            if total_steps < enough
+            else "several processes"
+        )
+        return f"uncompiled: {why}; compile=on compiles all the same"
+
     def _compile(self, x: Tensor) -> None:
         self.say("compiling the objective; compile=off does without")
         try:
             self.fast = compile_objective(self.loss, x, method="step", backend=BACKEND)
-        except NotTraceableError as error:
+        except Exception as error:  # what cannot be compiled can still be trained
             if self.required:
                 raise ConfigError(f"compile: {error}; use compile=off") from error
             self.wanted = False
             self.say(f"training uncompiled: {error}")
+            _LOG.warning("training uncompiled: %s", error)
             return
         self.say("; ".join(self.fast.history))

@@ -1,22 +1,34 @@
 """Whether a flat graph stands for a loss: why it cannot be traced, or in what it differs.
 
 A graph is right where it gives the loss's values, buffers and gradient on the same draws. That is checked once for each
-graph, by seeding torch's generator alike; so noise from elsewhere, counters in Python and the like are found out.
+graph, by seeding torch's generator alike; so counters in Python and the like are found out. Noise from elsewhere, which might
+pass by chance, is looked for: Python's and numpy's generators must not have moved, and no draw may have one of its own.
 """
 
 from __future__ import annotations
 
+import random
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from inference.training.flat_graph import without_autocast
 
-__all__ = ["NotTraceableError", "check_same", "explain", "gradients_of_sum"]
+__all__ = [
+    "NotTraceableError",
+    "check_same",
+    "explain",
+    "gradients_of_sum",
+    "own_attributes_kept",
+    "python_noise_refused",
+]
 
 _REASONS = {
     "DataDependentOutputException": "it reads a tensor's value",
@@ -70,9 +82,54 @@ def explain(error: Exception) -> str:
     text = " ".join(str(error).split())
     if text.startswith(_UNREGISTERED):
         reason = "it uses a tensor that is neither its argument nor a registered parameter or buffer"
+        return (
+            f"expected a loss that can be traced, but{where} {reason}: register it with the pair, as an nn.Parameter or buffer "
+            "(pyro.param and PyroParam keep theirs in Pyro's store), or train it uncompiled"
+        )
     else:
         reason = _REASONS.get(type(error).__name__) or f"tracing fails ({text[:200]})"
     return f"expected a loss that can be traced, but{where} {reason}: {_REMEDY}"
+
+
+@contextmanager
+def python_noise_refused() -> Iterator[None]:
+    """Raises NotTraceableError where Python's or numpy's generator is drawn from inside, and puts it back."""
+    python, legacy = random.getstate(), np.random.get_state()
+    yield
+    names = []
+    if random.getstate() != python:
+        names.append("random")
+        random.setstate(python)
+    if not all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), legacy, strict=True)):
+        names.append("numpy.random")
+        np.random.set_state(legacy)
+    if names:
+        raise NotTraceableError(
+            f"expected a loss whose noise is torch's, but it draws from {' and '.join(names)}, which a graph would freeze: "
+            "draw with torch, or train it uncompiled"
+        )
+
+
+@contextmanager
+def own_attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Raises NotTraceableError where a module inside has kept a traced tensor as an attribute, which is put back."""
+    before = [(m, {key: v for key, v in vars(m).items() if isinstance(v, Tensor)}) for m in module.modules()]
+    names = []
+    try:
+        yield
+    finally:
+        for m, tensors in before:
+            for key in [key for key, value in vars(m).items() if isinstance(value, FakeTensor)]:
+                names.append(f"{type(m).__name__}.{key}")
+                if key in tensors:
+                    vars(m)[key] = tensors[key]
+                else:
+                    del vars(m)[key]
+    if names:
+        raise NotTraceableError(
+            f"expected a loss that keeps no tensors on its modules, but it sets {', '.join(names)}, which a graph would never "
+            "renew: return the tensor, register a buffer and copy_ into it, or train it uncompiled"
+        )
 
 
 def _folder(package: object) -> Path:
