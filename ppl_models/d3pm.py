@@ -52,6 +52,8 @@ __all__ = ["D3PM", "logistic_logits"]
 
 Output = Literal["logits", "logistic"]
 
+_LARGEST_LOG_ODDS = 60.0
+
 
 class D3PM(Diffusion):
     """``D3PM(network, transitions, data_shape, num_classes)``: sites ``x_T`` .. ``x_1`` and ``x_0``, as in `Diffusion`.
@@ -117,6 +119,11 @@ class D3PM(Diffusion):
         super().__init__(network, process, [*data_shape, num_classes if output == "logits" else 2])
         self.num_classes = num_classes
         self.output = output
+        self._sums_odds = False
+        if output == "logistic" and isinstance(transitions, UniformTransitions) and transitions.num_timesteps > 1:
+            steps = torch.arange(2, transitions.num_timesteps + 1, device=transitions.log_stationary.device)
+            # odds that float32 holds, as those of all but the smallest beta_1 are
+            self._sums_odds = bool(transitions.log_odds(steps).max() < _LARGEST_LOG_ODDS)
         self.likelihood = Categorical(transitions.num_data_classes)
 
     @classmethod
@@ -183,7 +190,7 @@ class D3PM(Diffusion):
     def step_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class; from one normalisation of p(x_0 | x_t)."""
         above = t.clamp(min=2)
-        if self.output == "logistic" and isinstance(self.process.transitions, UniformTransitions):
+        if self._sums_odds:
             return self._uniform_losses(self._law(output, x_t), x_0, x_t, above)
         return self.process.step_losses(x_t, x_0, self._logits(output, x_t), above)
 

@@ -40,6 +40,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions.kl import register_kl
 
 from ppl_models.discrete_vae import check_encoding, check_sizes, one_hot, zeros_like_parameters
 from ppl_models.likelihoods import Likelihood
@@ -114,6 +115,12 @@ class UniformCodes(TorchDistribution):
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[:-2], self.batch_shape)
         return value.new_full(shape, -self.event_shape[0] * math.log(len(self.codebook)))
+
+
+@register_kl(dist.Delta, UniformCodes)
+def _kl_code_uniform(q: dist.Delta, p: UniformCodes) -> Tensor:
+    """M log K: log 1 - log p(z) at the codes that the guide fixes, whichever they are."""
+    return q.log_density - p.log_prob(q.v)
 
 
 class VQVAE(ModelGuidePair):

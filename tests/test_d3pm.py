@@ -17,6 +17,7 @@ from inference.bounds.diffusion import decompose_diffusion
 from inference.training.diffusion_objective import DiffusionLoss
 from ppl_models import registry
 from ppl_models.d3pm import D3PM, logistic_logits
+from ppl_models.diffusion import Diffusion
 from ppl_models.likelihoods import Bernoulli, Categorical
 from ppl_models.networks.residual_mlp import ResidualMLP
 from ppl_models.processes.dense_transitions import DenseTransitions, discretized_gaussian
@@ -407,6 +408,26 @@ def test_logistic_logits_hold_far_out_where_a_difference_is_zero():
     assert gradient.isfinite().all()
     z = (torch.linspace(-1, 1, 7) - torch.tanh(torch.tensor(-1.0))) * math.exp(8)
     assert float(((z + math.exp(8) / 6).sigmoid() - (z - math.exp(8) / 6).sigmoid()).min()) == 0
+
+
+@pytest.mark.parametrize("beta", [0.1, 1e-32, 1e-40, 1e-100])
+def test_logistic_losses_hold_for_the_smallest_steps(beta):
+    transitions = uniform(256, 3, [beta, 0.5, 0.9])
+    pair = D3PM(ConstantLogistic(), transitions, (2,), 256, output="logistic").float()
+    x_0, x_t, t = torch.tensor([[3, 200]]), torch.tensor([[3, 17]]), torch.tensor([2])
+    output = pair.denoise(x_t, t)
+    divergence, _ = pair.step_losses(output, x_0, x_t, t)
+    expected = Diffusion.step_divergence(pair.double(), output.double(), x_0, x_t, t)
+    assert divergence.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+class ConstantLogistic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parameters_of_all = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x_t, t):
+        return self.parameters_of_all.expand(*x_t.shape, 2)
 
 
 def test_logistic_output_is_one_of_the_models():

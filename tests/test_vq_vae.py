@@ -103,6 +103,7 @@ def test_terms_are_m_log_k_and_the_reconstruction():
     x = pair.model(size=6).detach()
     d = decompose_elbo(pair.model, pair.guide, x, num_particles=20)
     assert d.sites == ("z", "x")
+    assert torch.allclose(d["z"].analytic, torch.full((6,), -M * math.log(K)), rtol=1e-12)
     assert torch.allclose(d["z"].value, torch.full((6,), -M * math.log(K)), rtol=1e-12)
     mean = pair.decoder(pair.codebook[pair.codes(x)])
     log_p = -(x - mean).square().sum(-1) / (2 * 0.25) - 2 * math.log(2 * math.pi * 0.25)

@@ -51,7 +51,7 @@ def site_divergence(guide_site: Site, model_site: Site) -> Tensor:
         if not _same(guide_site[side], model_site[side]):
             name = guide_site["name"]
             raise NoClosedFormError(f"refused: model and guide have different {side}s at {name}, so the term is no KL")
-    if is_point_mass(q):
+    if is_point_mass(q) and (dist.Delta, type(_unwrapped(p)[0])) not in _KL_REGISTRY:
         raise NoClosedFormError(
             f"no closed form: the guide fixes {guide_site['name']} as a function of what is above it, nothing to integrate"
         )

@@ -157,11 +157,11 @@ class ScoreFunctionLoss(DiscreteLoss):
     """
 
     def __init__(self, pair: ModelGuidePair, num_particles: int = 4) -> None:
-        if num_particles < 2:
+        super().__init__(pair, num_particles=num_particles)
+        if self.num_particles < 2:
             raise ValueError(
                 f"expected num_particles >= 2, got {num_particles}: the baseline of each draw is the mean of the others"
             )
-        super().__init__(pair, num_particles=num_particles)
 
     def _terms(self, x: Tensor) -> dict[str, Tensor]:
         guide, model = self._traces(x)

@@ -36,6 +36,7 @@ from inference.bounds.particles import forked_rng
 from inference.bounds.sites import PairError, Site
 from inference.training.module_state import ModuleState
 from inference.training.objectives import ElboLoss, TrainingStep, sum_terms
+from inference.whole_numbers import whole_count
 from ppl_models.pair import ModelGuidePair
 
 Gradient = Literal["iwae", "doubly_reparameterized"]
@@ -70,8 +71,7 @@ class ImportanceWeightedLoss(ElboLoss):
     """
 
     def __init__(self, pair: ModelGuidePair, k: int, gradient: Gradient = "iwae") -> None:
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"expected k >= 1, got {k!r}: ask for a whole number of draws")
+        k = whole_count("k", k)
         if gradient not in get_args(Gradient):
             raise ValueError(f"expected a gradient among {', '.join(get_args(Gradient))}, got {gradient!r}")
         super().__init__(pair, num_particles=k, closed_form=False)

@@ -25,6 +25,7 @@ from inference.bounds.closed_forms import site_divergence
 from inference.bounds.particles import Plan, forked_rng, make_plan
 from inference.bounds.sites import PairError, Site, is_deterministic
 from inference.bounds.validity import ClosedForms, find_closed_forms
+from inference.whole_numbers import whole_count
 from ppl_models.evaluation_mode import evaluating
 from ppl_models.pair import ModelGuidePair
 
@@ -60,7 +61,7 @@ class ElboLoss(nn.Module):
     The first call decides which closed forms are used and checks the pair, on draws of its own.
 
     Raises:
-        ValueError: ``num_particles`` below one.
+        ValueError: ``num_particles`` that is no whole number >= 1; at the first call, data that the pair cannot have made.
         NotReparameterizedError: at the first call, for a latent whose guide law has no ``rsample``.
         PairError: at the first call, for sites that do not match, or one outside the data plate.
         PrecisionError: at the first call, for a log-density in half precision.
@@ -76,10 +77,8 @@ class ElboLoss(nn.Module):
 
     def __init__(self, pair: ModelGuidePair, num_particles: int = 1, closed_form: bool = True) -> None:
         super().__init__()
-        if num_particles < 1:
-            raise ValueError(f"expected num_particles >= 1, got {num_particles}")
         self.pair = pair
-        self.num_particles = num_particles
+        self.num_particles = whole_count("num_particles", num_particles)
         self.closed_form = closed_form
         self.closed_sites: frozenset[str] | None = None
         self.nesting = 1
@@ -144,6 +143,7 @@ class ElboLoss(nn.Module):
         The caller's random state and the networks' running statistics are left as they were: a resumed run prepares at
         another step than the first did, and must go on the same all the same.
         """
+        self.pair.check_data(x)
         with torch.no_grad(), forked_rng(), evaluating(self.pair):
             plan = make_plan(self.pair.model, self.pair.guide, (x,), {}, vectorize=False)
             return plan, find_closed_forms(plan) if self.closed_form else ClosedForms()

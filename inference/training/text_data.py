@@ -50,7 +50,7 @@ def read_text(place: str | Path, alphabet: str | None = None) -> Source:
             f"{len(text)}; give a longer text, or shorter windows as in text:{path.name}@{max(1, len(text) // _HELD_OUT)}"
         )
     own = "".join(sorted(set(text)))
-    if not 2 <= len(own) <= MAX_CLASSES:
+    if alphabet is None and not 2 <= len(own) <= MAX_CLASSES:
         raise DataError(
             f"{path}: expected 2 to {MAX_CLASSES:,} distinct characters, got {len(own):,}; "
             f"{'give a text with more' if len(own) < 2 else 'replace the rare ones'}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.networks.mlp import Decoder
+from ppl_models.networks.one_hot import rows_of
 
 
 class ArrayMLP(nn.Module):
@@ -53,7 +54,7 @@ class ArrayMLP(nn.Module):
         reference = next(self.body.parameters())
         if self.num_classes is not None:  # one-hot; nn.functional.one_hot reads values, which tracing cannot
             units = torch.eye(self.num_classes, dtype=reference.dtype, device=reference.device)
-            array = nn.functional.embedding(array, units)
+            array = rows_of(units, array)
         return self.body(array.reshape(*leading, -1).to(reference.dtype))
 
     def config(self) -> dict[str, object]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.networks.mlp import MLP
+from ppl_models.networks.one_hot import rows_of
 
 
 class KSparse(nn.Module):
@@ -100,7 +101,7 @@ class CodeEncoder(nn.Module):
         reference = next(self.body.parameters())
         if self.num_classes is not None:  # one-hot; nn.functional.one_hot reads values, which tracing cannot
             units = torch.eye(self.num_classes, dtype=reference.dtype, device=reference.device)
-            x = nn.functional.embedding(x, units)
+            x = rows_of(units, x)
             n += 1
         z = self.body(x.reshape(*x.shape[: x.dim() - n], -1).to(reference.dtype))
         return self.keep(torch.sigmoid(z) if self.bounded else z)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ppl_models.networks.one_hot import rows_of
+
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
@@ -71,7 +73,7 @@ class Denoiser(nn.Module):
 
         Raises:
             TypeError: real values where classes are expected, or the reverse.
-            ValueError: see :meth:`batch_shape` and :func:`rows_of`.
+            ValueError: see :meth:`batch_shape` and :func:`ppl_models.networks.one_hot.rows_of`.
         """
         self.batch_shape(x)
         dtype = next(self.parameters()).dtype
@@ -99,28 +101,6 @@ class Denoiser(nn.Module):
             "num_classes": self.num_classes,
             "with_variance": self.with_variance,
         }
-
-
-def rows_of(table: Tensor, classes: Tensor) -> Tensor:
-    """``table[classes]``, ``[*classes.shape, width]``, of a table ``[K, width]``.
-
-    Raises:
-        TypeError: classes that are no int64.
-        ValueError: a class outside 0..K-1 (on a CPU; elsewhere it costs a look at the device, and ends in its own error).
-    """
-    if classes.dtype != torch.long:
-        raise TypeError(
-            f"expected class indices (int64) x_t, got {classes.dtype}: leave out num_classes for real values"
-        )
-    try:
-        # not nn.functional.one_hot, which reads the values on the CPU and so cannot be traced
-        return nn.functional.embedding(classes, table)
-    except IndexError as error:
-        wrong = classes[(classes < 0) | (classes >= len(table))][0]
-        raise ValueError(
-            f"expected class indices in 0..{len(table) - 1} as x_t, got {int(wrong)}: make the network for as many classes "
-            "as the process has, a mask included"
-        ) from error
 
 
 def starting_at_zero(layer: Layer) -> Layer:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.networks.mlp import ACTIVATIONS, MLP
+from ppl_models.networks.one_hot import rows_of
 from ppl_models.networks.precision import at_least_float32
 
 
@@ -64,7 +65,7 @@ class LadderEncoder(nn.Module):
         n = len(self.data_shape)
         if self.num_classes is not None:
             classes = torch.eye(self.num_classes, dtype=self.head.weight.dtype, device=h.device)
-            h = nn.functional.embedding(h, classes)  # one-hot; torch's own reads values, which a traced graph cannot
+            h = rows_of(classes, h)
             n += 1
         features = self.body(h.reshape(*h.shape[: h.dim() - n], -1).to(self.head.weight.dtype))
         loc, log_scale = at_least_float32(self.head(features)).chunk(2, dim=-1)

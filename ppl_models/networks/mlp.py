@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ppl_models.networks.one_hot import rows_of
 from ppl_models.networks.precision import at_least_float32
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
@@ -89,7 +90,7 @@ class GaussianEncoder(nn.Module):
         n = len(self.data_shape)
         if self.num_classes is not None:
             classes = torch.eye(self.num_classes, dtype=next(self.body.parameters()).dtype, device=x.device)
-            x = nn.functional.embedding(x, classes)  # one-hot; torch's own reads values, which a traced graph cannot
+            x = rows_of(classes, x)
             n += 1
         flat = x.reshape(*x.shape[: x.dim() - n], -1).to(next(self.body.parameters()).dtype)
         loc, log_scale = at_least_float32(self.body(flat)).chunk(2, dim=-1)

@@ -74,7 +74,7 @@ class MarkovChain:
         Raises:
             ValueError: t is negative or no whole number.
         """
-        if not isinstance(t, Integral) or t < 0:
+        if not isinstance(t, Integral) or isinstance(t, bool) or t < 0:
             raise ValueError(f"expected a whole number t >= 0, got {t!r}: a chain runs forwards, in steps")
         result, square, remaining = torch.eye(self.num_states, dtype=torch.float64), self.matrix, int(t)
         while remaining:
@@ -178,12 +178,12 @@ class MarkovChain:
                 law ``initial``.
             TypeError: paths that are not int64.
         """
-        if num_steps < 0:
-            raise ValueError(f"expected num_steps >= 0, got {num_steps}: a chain runs forwards")
+        if not isinstance(num_steps, Integral) or isinstance(num_steps, bool) or num_steps < 0:
+            raise ValueError(f"expected a whole num_steps >= 0, got {num_steps!r}: a chain runs forwards, in steps")
         if paths is not None:
             self._check_paths(paths)
-        elif size < 1:
-            raise ValueError(f"expected size >= 1, how many paths to draw, got {size}")
+        elif not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"expected a whole size >= 1, how many paths to draw, got {size!r}")
         log_step = self.matrix.T.log()
         observed = [None] * (num_steps + 1) if paths is None else list(paths.unbind(-1))
         if len(observed) != num_steps + 1:
@@ -215,7 +215,10 @@ class MarkovChain:
     def _law(self, probabilities: Tensor) -> Tensor:
         if isinstance(probabilities, Tensor):
             _refuse_complex(probabilities)
-        law = torch.as_tensor(probabilities, dtype=torch.float64)
+        try:
+            law = torch.as_tensor(probabilities, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"expected probabilities of {self.num_states} states, got {probabilities!r}") from error
         sums = law.sum(-1)
         if (
             law.shape[-1:] != (self.num_states,)

@@ -193,10 +193,11 @@ class AbsorbingTransitions(_Mixing):
         point = torch.full((num_classes,), -torch.inf, dtype=torch.float64)
         point[self.mask] = 0
         self.register_buffer("_log_stationary", point, persistent=False)
-        kept = float(self.log_kept[-1].exp())
-        if kept > 0:
+        kept = float(self.log_kept[-1])
+        if kept > -math.inf:
+            probability = f"{math.exp(kept):.3g}" if kept > -700 else f"e^{kept:.0f}"
             raise ValueError(
-                f"expected a schedule at whose end all is absorbed, but x_T still shows x_0 with probability {kept:.3g}: "
+                f"expected a schedule at whose end all is absorbed, but x_T still shows x_0 with probability {probability}: "
                 "p(x_T) is the mask alone, so L_T = KL(q(x_T | x_0) || p(x_T)) would be infinite; "
                 'let beta_T = 1, as schedule="reciprocal" does'
             )

@@ -166,7 +166,7 @@ def test_classes_and_real_values_are_not_confused():
     with pytest.raises(TypeError, match=r"expected real-valued x_t, got torch.int64: give the network num_classes"):
         ResidualMLP((4,))(torch.zeros(4, dtype=torch.long), t)
     for network in (ResidualMLP((4,), num_classes=3), TransformerDenoiser((4,), 3, width=8, layers=1)):
-        with pytest.raises(TypeError, match=r"class indices \(int64\) x_t, got torch.float64"):
+        with pytest.raises(TypeError, match=r"class indices \(int64\), got torch.float64"):
             network(torch.zeros(4), t)
 
 
@@ -178,6 +178,6 @@ def test_classes_enter_one_hot_and_only_known_ones():
 @pytest.mark.parametrize("wrong", [3, -1])
 def test_classes_that_a_network_does_not_know_are_refused(wrong):
     for network in (ResidualMLP((2,), hidden=4, num_classes=3), TransformerDenoiser((2,), 3, width=8, layers=1)):
-        with pytest.raises(ValueError, match=rf"expected class indices in 0\.\.2 as x_t, got {wrong}: make"):
+        with pytest.raises(ValueError, match=rf"expected class indices in 0\.\.2, got {wrong}: make"):
             network(torch.tensor([[0, wrong]]), torch.tensor(1))
         network(torch.tensor([[0, 2]]), torch.tensor(1))

@@ -164,6 +164,31 @@ def test_log_matmul_in_the_deep():
     assert torch.equal(log_matmul(impossible, impossible), impossible)
 
 
+@pytest.mark.parametrize("distance", [20, 33, 40, 60])
+def test_propagation_of_a_sharp_law_is_the_sum_in_log_space(distance):
+    transitions = discretized_gaussian(256, 3, [1e-4] * 3)
+    log_p = torch.full((256,), -5000.0, dtype=torch.float64)
+    log_p[100 + distance] = 0.0
+    log_p = log_p.log_softmax(-1)
+    found = transitions.log_propagate(log_p[None], torch.tensor([1]))[0]
+    log_q = transitions.log_marginal(torch.arange(256), torch.full((256,), 1), torch.float64)
+    expected = (log_p[:, None] + log_q).logsumexp(0)
+    near = expected > -4900  # beyond, all other classes together weigh as much
+    assert near.sum() > 80
+    assert torch.allclose(found[near], expected[near], rtol=1e-9)
+    assert ((found - expected).abs()[~near] < math.log(3)).all()
+    if expected[100] < math.log(1e-280):  # what would be left without the likeliest class
+        assert log_p[100] + log_q[100, 100] < 2 * expected[100]
+
+
+def test_a_permutation_carries_a_sharp_law_on():
+    cycle = torch.tensor([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]], dtype=torch.float64)
+    transitions = DenseTransitions(torch.stack([cycle, cycle, torch.full((3, 3), 1 / 3, dtype=torch.float64)]))
+    x_t, x_0, logits = torch.tensor([0]), torch.tensor([1]), torch.tensor([[600.0, 0.0, 0.0]], dtype=torch.float64)
+    losses = [transitions.step_losses(x_t, x_0, logits, torch.tensor([t]))[0].item() for t in (2, 3)]
+    assert losses == pytest.approx([0.0, 600.0])
+
+
 def test_log_add_exp_has_finite_gradients_where_both_are_impossible():
     a = torch.tensor([-torch.inf, 0.0, -torch.inf, -1e4], requires_grad=True)
     b = torch.tensor([-torch.inf, -torch.inf, 2.0, -1e4])
@@ -305,6 +330,7 @@ def _tensor(value: object) -> object:
         (lambda: uniform(3, 10, "linear"), "got 1.11556 at step 6"),
         (lambda: absorbing(3, 2, [0.5, 0.5]), "probability 0.25: .* L_T = .* would be infinite"),
         (lambda: absorbing(3, 100, "cosine"), "infinite; let beta_T = 1"),
+        (lambda: absorbing(3, 400, [0.9] * 400), r"x_0 with probability e\^-921: .* would be infinite"),
         (lambda: discretized_gaussian(3, 2, [0.5, -1.0]), "beta_t > 0 and finite, got -1 at step 2"),
         (lambda: discretized_gaussian(32_000, 10), "K = 32000: use uniform or absorbing"),
         (lambda: nearest_neighbour(torch.zeros(3), 4), r"shape \[K, d\], K >= 2, got shape \[3\]"),

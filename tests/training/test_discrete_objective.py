@@ -4,6 +4,8 @@ An encoder that is a table gives each row of a batch logits of its own, so that 
 draws of the gradient as the batch has rows.
 """
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from inference import decompose_elbo
 from inference.bounds.gradient_variance import gradient_variance
 from inference.bounds.sites import PairError
 from inference.training.discrete_objective import EnumeratedLoss, ScoreFunctionLoss
@@ -20,7 +23,7 @@ from inference.training.objectives import ElboLoss, sum_terms
 from inference.training.relaxed_objective import Annealing, GumbelSoftmaxLoss, StraightThroughLoss
 from ppl_models import LinearGaussian, ModelGuidePair
 from ppl_models.discrete_vae import CategoricalVAE, TooManyStatesError
-from ppl_models.likelihoods import Bernoulli
+from ppl_models.likelihoods import Bernoulli, Categorical
 from ppl_models.networks.arrays import ArrayMLP
 from tests.oracles import discrete_vae as oracle
 
@@ -312,6 +315,9 @@ def test_pairs_that_an_estimator_cannot_take_are_refused_at_the_first_call(make,
         (lambda p: GumbelSoftmaxLoss(p, temperature=0.0), "positive finite temperature start, got 0.0"),
         (lambda p: Annealing(1.0, float("inf")), "temperature end, got inf"),
         (lambda p: Annealing(steps=0), "steps >= 1, got 0"),
+        (lambda p: ScoreFunctionLoss(p, 2.5), "a whole num_particles >= 1, got 2.5"),
+        (lambda p: GumbelSoftmaxLoss(p, num_particles=1.5), "a whole num_particles >= 1, got 1.5"),
+        (lambda p: ElboLoss(p, num_particles=True), "a whole num_particles >= 1, got True"),
         (lambda p: training_loss(p, "reinforce"), "estimator among pathwise, enumeration, .*got 'reinforce'"),
         (lambda p: training_loss(p, "enumeration", 3), "num_particles=1 with enumeration"),
         (lambda p: training_loss(p, "gumbel_softmax", 0), "num_particles >= 1, got 0"),
@@ -320,3 +326,26 @@ def test_pairs_that_an_estimator_cannot_take_are_refused_at_the_first_call(make,
 def test_bad_options_are_refused_at_construction(call, match):
     with pytest.raises(ValueError, match=match):
         call(CategoricalVAE.preset((3,), Bernoulli(), 2, 3, (4,)))
+
+
+@pytest.mark.parametrize("loss", [EnumeratedLoss, ScoreFunctionLoss, GumbelSoftmaxLoss])
+@pytest.mark.parametrize(
+    ("likelihood", "x", "match"),
+    [
+        (Categorical(5), torch.tensor([[0, 1, 5]]), r"x: .*0\.\.4"),
+        (Categorical(5), torch.tensor([[0, 1, 4.0]]), "int64"),
+        (Bernoulli(), torch.tensor([[0.5, 0, 1]]), "0 or 1"),
+        (Bernoulli(), torch.tensor([[math.nan, 0, 1]]), r"x\[0, 0\] is nan"),
+    ],
+)
+def test_data_that_the_pair_cannot_have_made_are_refused_at_the_first_call(loss, likelihood, x, match):
+    pair = CategoricalVAE.preset((3,), likelihood, 2, 3, (4,))
+    with pytest.raises(ValueError, match=match):
+        loss(pair)(x)
+    loss(pair)(pair.model(size=2).detach())
+
+
+def test_classes_outside_the_networks_range_are_named_under_any_tool():
+    pair = CategoricalVAE.preset((3,), Categorical(5), 2, 3, (4,))
+    with pytest.raises(ValueError, match=r"class indices in 0\.\.4, got 5"):
+        decompose_elbo(pair.model, pair.guide, torch.tensor([[0, 1, 5]]), num_particles=10)

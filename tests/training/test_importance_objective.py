@@ -333,7 +333,7 @@ class Coin(Line):
 @pytest.mark.parametrize(
     ("build", "error", "match"),
     [
-        (lambda: ImportanceWeightedLoss(Line(), 0), ValueError, "expected k >= 1, got 0"),
+        (lambda: ImportanceWeightedLoss(Line(), 0), ValueError, "expected a whole k >= 1, got 0"),
         (lambda: ImportanceWeightedLoss(Line(), 3, "dreg"), ValueError, "iwae, doubly_reparameterized, got 'dreg'"),
         (lambda: ImportanceWeightedLoss(Coin(), 3), NotReparameterizedError, "got Poisson at site 'z'"),
     ],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inference import fit, load_run
 from inference.training.datasets import DataError, DataSet, list_data, load_data
-from inference.training.text_data import MAX_CLASSES, WINDOW, decode, encode, printable
+from inference.training.text_data import MAX_CLASSES, WINDOW, decode, encode, printable, read_text
 from inference.training.texts import read_yaml, write_yaml
 from ppl_models import VAE
 from ppl_models.likelihoods import Categorical
@@ -77,6 +77,13 @@ def test_another_text_is_read_under_the_alphabet_it_is_given(tmp_path: Path) -> 
         DataError, match=r"other2.txt: expected characters of the alphabet of 3 alone, got 'd' at char.* 2;"
     ):
         load_data(write(tmp_path, "bcd" * 300, "other2.txt"), alphabet="abc")
+
+
+def test_a_text_of_one_character_is_one_of_a_larger_alphabet(tmp_path: Path) -> None:
+    path = write(tmp_path, "a" * 200).removeprefix("text:")
+    assert read_text(f"{path}@8", alphabet="abc").train.unique().tolist() == [0]
+    with pytest.raises(DataError, match="2 to 32,000 distinct characters, got 1"):
+        read_text(f"{path}@8")
 
 
 def test_a_record_of_text_data_reads_back_from_yaml_and_json(tmp_path: Path) -> None:

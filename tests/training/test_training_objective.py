@@ -118,7 +118,7 @@ def test_a_pair_that_cannot_be_trained_is_refused(
 
 
 def test_fewer_than_one_particle_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected num_particles >= 1, got 0"):
+    with pytest.raises(ValueError, match="expected a whole num_particles >= 1, got 0"):
         ElboLoss(Scalar(), num_particles=0)
 
 
