@@ -44,6 +44,7 @@ class Evidence:
         plates: names of the dims of ``[B]``.
         note: how the particles were drawn, and what that cost.
         target_std_error: the standard error that was asked for, if any.
+        missed_by_guide: latents at which the guide's support is narrower than the model's, a sentence each.
     """
 
     log_evidence: Tensor
@@ -57,6 +58,7 @@ class Evidence:
     plates: tuple[str, ...]
     note: str
     target_std_error: float | None = None
+    missed_by_guide: tuple[str, ...] = ()
 
     @property
     def bits_per_dim(self) -> Tensor:
@@ -88,7 +90,7 @@ class Evidence:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What speaks against these numbers, one sentence each; empty where nothing does."""
-        size, found = self.k_hat.numel(), []
+        size, found = self.k_hat.numel(), list(self.missed_by_guide)
         if self.num_bad_k_hat:
             found.append(
                 f"{self.num_bad_k_hat} of {size} data have k-hat above {BAD_K_HAT}: there the bound may be loose and its "
@@ -123,6 +125,7 @@ class Evidence:
             log_evidence, std_error, elbo, ess, k_hat = (float(t[i]) for t in flat)
             index = ", ".join(str(int(j)) for j in torch.unravel_index(torch.tensor(i), self.log_evidence.shape))
             verdict = "bad k-hat" if k_hat > BAD_K_HAT else "not known" if math.isnan(k_hat) else "good"
+            verdict = "narrow guide" if self.missed_by_guide else verdict
             rows.append(
                 [index, f"{log_evidence:.4f}", f"{std_error:.4f}", f"{elbo:.4f}", f"{ess:.1f}", f"{k_hat:.2f}", verdict]
             )

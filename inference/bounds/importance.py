@@ -37,6 +37,7 @@ from inference.bounds.importance_checks import (
     check_same_data,
     guide_factors,
     holds_data,
+    missed_by_guide,
     model_factors,
     plan_with_data,
     weight_factors,
@@ -228,6 +229,7 @@ class _Weights:
             tuple(name for name, _, _ in self.plan.shared),
             note,
             target_std_error,
+            missed_by_guide(self.plan),
         )
 
     def _refuse_missed_posterior(self) -> None:

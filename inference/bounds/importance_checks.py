@@ -14,6 +14,9 @@ from torch.distributions import biject_to
 from inference.bounds.closed_forms import is_point_mass
 from inference.bounds.particles import Particles, Plan, Program, forked_rng, make_plan
 from inference.bounds.sites import Site, is_deterministic
+from inference.bounds.support import excludes_numbers, in_support
+
+SUPPORT_DRAWS = 200
 
 
 class EvidenceError(ValueError):
@@ -167,3 +170,31 @@ def check_same_data(prototype: Particles, particles: Particles) -> None:
 def holds_data(site: Site) -> bool:
     """Whether a site of the model observes data; a point mass (deterministic or reparameterised sites) only names a value."""
     return site["is_observed"] and not is_deterministic(site) and not _is_delta(site)
+
+
+def missed_by_guide(plan: Plan) -> tuple[str, ...]:
+    """Latents at which the model draws values that the guide gives no density to, a sentence each.
+
+    What the posterior has there no weight stands for: the estimate is of p(x) without it, and no diagnostic of the weights
+    shows it. Looked for with :data:`SUPPORT_DRAWS` draws of each latent's own law, which disturb no other draw.
+    """
+    found = []
+    with torch.no_grad(), forked_rng(), pyro.validation_enabled(False):
+        for name, site in plan.prototype.guide.items():
+            law = plan.prototype.model.get(name)
+            if law is None or law["is_observed"] or is_deterministic(site) or _is_delta(site) or _is_delta(law):
+                continue
+            if not excludes_numbers(site["fn"]):
+                continue
+            try:
+                values = law["fn"].sample(torch.Size((SUPPORT_DRAWS,)))
+            except NotImplementedError:  # an improper law, which is no less wide for it
+                continue
+            share = 1 - float(in_support(site["fn"], values).double().mean())
+            if share > 0:
+                found.append(
+                    f"the guide has no density at {share:.2g} of the values of {name!r} that the model draws: what the "
+                    "posterior has there is left out, and log p(x) is above the estimate by it; give the guide the model's "
+                    "support"
+                )
+    return tuple(found)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from inference.bounds.hmc import State
+from inference.bounds.importance_checks import missed_by_guide
 from inference.bounds.particles import Particles, Plan, Program, collect, located_draw
 from inference.bounds.sites import PARTICLES, PairError, Site, is_deterministic, sample_sites
 from inference.bounds.support import ZeroOutsideSupport, in_support, opts_out
@@ -271,6 +272,9 @@ def _check(plan: Plan, start: Start) -> None:
                     f"{'as a function of others' if name in latents else 'beside them'}: use start='prior'"
                 )
             _check_weight(name, site)
+        missed = missed_by_guide(plan)
+        if missed:
+            raise PairError(f"expected a guide with the model's support, but {missed[0]}, or start from the prior")
 
 
 def _check_latent(name: str, site: Site) -> None:

@@ -24,6 +24,7 @@ from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
+from inference.bounds.closed_forms import is_point_mass
 from inference.bounds.sites import (
     PARTICLES,
     NotANumberError,
@@ -165,15 +166,36 @@ def make_plan(
         vectorized=False,
         note="particles drawn one at a time, as asked",
     )
+    remarks = _remarks(prototype)
     if vectorize is False:
-        return plan
+        return replace(plan, note="; ".join([plan.note, *remarks]))
     obstacle = obstacle_to_vectorizing(plan)
     if obstacle and vectorize:
         raise PairError(f"expected programs that run under an outer particle plate, but {obstacle}: use vectorize=None")
     note = (
         f"particles drawn one at a time: {obstacle}" if obstacle else "particles vectorised; replayed singly they agree"
     )
-    return replace(plan, vectorized=not obstacle, note=note)
+    return replace(plan, vectorized=not obstacle, note="; ".join([note, *remarks]))
+
+
+def _remarks(prototype: Particles) -> list[str]:
+    """What a reader of the terms has to know of the programs: scales of subsampled plates, and point masses."""
+    model, guide = prototype.model, prototype.guide
+    frames = {
+        f.name: f for site in model.values() for f in site["cond_indep_stack"] if f.full_size not in (None, f.size)
+    }
+    found = [
+        f"plate {f.name!r} holds {f.size} of {f.full_size}: each term is scaled by {f.full_size}/{f.size}, so that their sum "
+        "over the plate, and no mean, is that over all"
+        for f in frames.values()
+    ]
+    if any(name not in model and not site["is_observed"] for name, site in guide.items()):
+        return found  # auxiliary draws of which a Delta may be a function, with a density, as in autoguides
+    for name, site in guide.items():
+        law = model[name]["fn"] if name in model else None
+        if law is not None and is_point_mass(site["fn"]) and not is_point_mass(law) and not law.support.is_discrete:
+            found.append(f"no bound of log p(x): the guide is a point mass at {name!r}, where the model has a density")
+    return found
 
 
 def forked_rng() -> AbstractContextManager[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
@@ -55,6 +56,12 @@ def check_sites(model: dict[str, Site], guide: dict[str, Site]) -> None:
                 f"{list(guide[name]['fn'].batch_shape)} in the guide: put both into the same plates"
             )
     for name, site in guide.items():
+        if site["is_observed"] and not is_deterministic(site) and not isinstance(site["fn"], (dist.Unit, dist.Delta)):
+            whose = "the model observes too" if name in model else "is not in the model"
+            raise PairError(
+                f"the guide observes site {name!r}, which {whose}: data belong in the model alone, which comes first, as in "
+                "decompose_elbo(model, guide, x); remove the site from the guide"
+            )
         if name not in model and not site["infer"].get("is_auxiliary") and not site["is_observed"]:
             raise PairError(
                 f"the guide's site {name!r} is not in the model: remove it, or mark it with "

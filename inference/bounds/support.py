@@ -116,7 +116,7 @@ def on_support(law: Any) -> Any:
         >>> on_support(shifted).log_prob(torch.tensor([1.0, 3.0]))
         tensor([-inf, -1.])
     """
-    if not _excludes_numbers(law):
+    if not excludes_numbers(law):
         return law
     if isinstance(law, dist.MaskedDistribution):
         return dist.MaskedDistribution(on_support(law.base_dist), law._mask)
@@ -149,16 +149,16 @@ def opts_out(law: Any) -> bool:
     return Distribution._validate_args and not getattr(law, "_validate_args", True) and not isinstance(law, OnSupport)
 
 
-def _excludes_numbers(law: Any) -> bool:
+def excludes_numbers(law: Any) -> bool:
     """Whether the law's support is known, number by number, and is not all of the real numbers."""
     if isinstance(law, MixtureSameFamily):
-        return _excludes_numbers(law.component_distribution)
+        return excludes_numbers(law.component_distribution)
     if isinstance(law, (Independent, dist.MaskedDistribution)):
-        return _excludes_numbers(law.base_dist)
+        return excludes_numbers(law.base_dist)
     if _narrows(_support(law)):
         return True
     inner = law.transforms[:-1] if _density_by_base(law) else []
-    return any(_narrows(t.codomain) for t in inner) or (_density_by_base(law) and _excludes_numbers(law.base_dist))
+    return any(_narrows(t.codomain) for t in inner) or (_density_by_base(law) and excludes_numbers(law.base_dist))
 
 
 def _density_by_base(law: Any) -> bool:

@@ -8,6 +8,7 @@ The one constraint: one writer a folder, under one configuration, on the same da
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from inference.training.texts import read_yaml, write_json, write_yaml
 from ppl_models.pair import ModelGuidePair
 
 _DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.float32}
+
+_LOG = logging.getLogger(__name__)
 
 
 def fit(
@@ -50,7 +53,8 @@ def fit(
         data: a data set: :class:`inference.training.DataSet`, a name such as ``"digits"``, or a tensor, array or Dataset.
         out: the RUN folder; None keeps the run in memory only.
         config: a :class:`TrainConfig`; or give its fields as ``options`` (``epochs``, ``batch_size``, ``learning_rate``, ...).
-        resume: go on with the run in ``out``, under its own configuration.
+        resume: go on with the run in ``out``, under its own configuration; where there is none yet a new one begins, which is
+            said in a logged warning.
         progress: show epochs on stderr.
         spec: what ``data`` was read from, so that the run can read it again; known when ``data`` is a name.
         scaling: of a tensor, an array or a Dataset: "none" (as they are), "unit", "symmetric" or "classes"; integers are
@@ -135,6 +139,8 @@ def _is_finished(folder: Path, stated: dict[str, Any], resume: bool) -> bool:
             raise RunError(
                 f"{folder} holds {left[0]} but no config.yaml, so nothing says what run it is of: choose another folder"
             )
+        if resume:
+            _LOG.warning("%s holds no run to resume: a new one begins", folder)
         write_json(folder / "environment.json", environment())
         write_yaml(config, stated)
         return False
