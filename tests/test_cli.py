@@ -399,7 +399,7 @@ BAD_CALLS = {
     "endless width": ([*TRAIN, "--data", "digits", "--latent-dim", "1000000000000"], "latent_dim"),
     "endless threads": ([*TRAIN, "--data", "digits", "--threads", "100000"], "threads"),
     "endless processes": ([*TRAIN, "--data", "digits", "--set", "processes=100"], "processes"),
-    "unknown key": ([*TRAIN, "--data", "digits", "--set", "epoch=3"], "epoch: no such option; there are .*epochs"),
+    "unknown key": ([*TRAIN, "--data", "digits", "--set", "epoch=3"], "epoch: no such option; did you mean epochs\\?"),
     "no key": ([*TRAIN, "--data", "digits", "--set", "epochs"], "--set: expected key=value, got 'epochs'"),
     "given twice": (
         [*TRAIN, "--data", "digits", "--epochs", "3", "--set", "epochs=4"],
@@ -413,6 +413,18 @@ BAD_CALLS = {
     "yaml tag": (
         [*TRAIN, "--data", "digits", "--config", "{folder}/tag.yaml"],
         r"tag\.yaml has the tag .*expected plain data",
+    ),
+    "a run's record as options": (
+        [*TRAIN, "--config", "{run}/config.yaml"],
+        "expected a file of options, got the record of a run: the command that began it, with --resume",
+    ),
+    "a file without its kind": ([*TRAIN, "--data", "{folder}/plain.npz"], r"did you mean npz:.*plain\.npz\?"),
+    "another kind of file": ([*TRAIN, "--data", "{folder}/tag.yaml"], r"numpy\.savez\(FILE, train=x\) writes an array"),
+    "a folder without its kind": ([*TRAIN, "--data", "{folder}"], "a folder of images is images:"),
+    "no kind at all": ([*TRAIN, "--data", "foo:bar"], "got 'foo:bar'"),
+    "an array in place of an archive": (
+        [*TRAIN, "--data", "npz:{folder}/one.npy"],
+        r"one\.npy: a single array, no archive of them; write it with numpy\.savez",
     ),
     "mnist without a folder": ([*TRAIN, "--data", "mnist:"], "data: expected one of digits"),
     "normal of counts": (
@@ -455,6 +467,8 @@ def places(tmp_path, trained):
     for name in ("there.png", "there.nc"):
         (tmp_path / name).write_text("kept")
     (tmp_path / "tag.yaml").write_text("epochs: !!python/object/apply:os.system ['touch pwned']\n")
+    np.savez(tmp_path / "plain.npz", train=np.zeros((2, 3)))
+    np.save(tmp_path / "one.npy", np.zeros((2, 3)))
     return {"run": trained, "folder": tmp_path, "new": tmp_path / "new"}
 
 

@@ -55,8 +55,17 @@ def test_evidence_with_gaps(capsys, points, monkeypatch):
     from inference.bounds import gaps
 
     quick = gaps.inference_gap
-    monkeypatch.setattr(gaps, "inference_gap", lambda pair, x: quick(pair, x, num_particles=50, steps=20))
-    out = succeed(capsys, "evidence", points, "--particles", 50, "--num-data", 4, "--gaps", "--force")
+    monkeypatch.setattr(
+        gaps,
+        "inference_gap",
+        lambda pair, x, max_steps: quick(pair, x, num_particles=50, steps=20, max_steps=max_steps),
+    )
+    few = ("--particles", 50, "--num-data", 4)
+    out = succeed(capsys, "evidence", points, *few, "--gaps", "--gap-steps", 40, "--force")
+    written = json.loads((points / "evidence.json").read_text())["gaps"]
+    assert written["num_data"] == 4
+    assert written["gap"] == pytest.approx(written["amortisation_gap"] + written["approximation_gap"], abs=0.5)
+    assert written["gap_std_error"] > 0
     assert "amortisation gap" in out
 
 

@@ -136,7 +136,7 @@ class Refinement:
         unknown = int((open_ & ~(2 * self.gain_error <= TOLERANCE)).sum())
         verdict = "converged"
         if not self.converged:
-            verdict = f"NOT converged for {int(open_.sum())} of {len(self.gain)} data, raise max_steps"
+            verdict = f"NOT converged for {int(open_.sum())} of {len(self.gain)} data: raise max_steps (--gap-steps)"
             if unknown:
                 verdict += f" ({unknown} of them not known: the error of the gain is too large)"
         return (

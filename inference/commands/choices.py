@@ -128,6 +128,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _absolute(spec: str) -> str:
     reader, sign, place = spec.partition(":")
+    if reader not in ("mnist", "npz", "images", "text", "hf"):  # of no kind that there is
+        return spec
     if reader == "hf" and not Path(place).is_dir():  # a name on the hub
         return spec
     return f"{reader}:{Path(place).expanduser().absolute()}" if sign and place else spec

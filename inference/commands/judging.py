@@ -17,6 +17,7 @@ from inference.commands.writing import check_new, check_suffix, keep_record
 if TYPE_CHECKING:
     from inference.bounds.diffusion import DiffusionDecomposition
     from inference.bounds.evidence import Evidence
+    from inference.bounds.gaps import InferenceGap
 
 PICTURES = (".png", ".svg", ".pdf")
 FEW_STEPS = 5  # of a diffusion, up to which whole chains are weighted
@@ -39,6 +40,10 @@ def evidence(
     gaps: Annotated[
         bool, typer.Option("--gaps", help="also split log p(x) - ELBO by refining the guide per datum")
     ] = False,
+    gap_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="of the refining, at most", show_default="8000"),
+    ] = None,
     ladder: Annotated[
         Path | None,
         typer.Option(metavar="FILE.png", help="also draw the ladder of bounds, on data simulated from the model"),
@@ -50,9 +55,10 @@ def evidence(
 ) -> None:
     """Estimate log p(x) of held-out data by importance weighting, per datum with its error, and say how far to trust it.
 
-    IWAE-K bound, standard error, effective sample size and Pareto k-hat; nats and bits/dim. The means are also written to
-    RUN/evidence.json. With --ladder: ELBO, IWAE-K, AIS and reverse AIS, which bound log p(x) from both sides. Where the latents
-    can be summed over, log p(x) is also exact; of a diffusion of many steps it is the ELBO, a lower bound, and said to be one.
+    IWAE-K bound, standard error, effective sample size and Pareto k-hat; nats and bits/dim. The means, those of the gaps too, are
+    also written to RUN/evidence.json. With --ladder: ELBO, IWAE-K, AIS and reverse AIS, which bound log p(x) from both sides.
+    Where the latents can be summed over, log p(x) is also exact; of a diffusion of many steps it is the ELBO, a lower bound, and
+    said to be one.
     """
     import torch
 
@@ -102,7 +108,9 @@ def evidence(
         if gaps:
             from inference.bounds.gaps import inference_gap
 
-            print(f"\n{inference_gap(pair, x).table()}")
+            gap = inference_gap(pair, x, max_steps=gap_steps)
+            print(f"\n{gap.table()}")
+            print(keep_record(run / "evidence.json", record | {"gaps": gap_record(gap)}, force=True))
         if ladder is not None:
             _ladder(pair, ladder_data, ladder, force=force)
 
@@ -137,6 +145,20 @@ def calibrate(
 
         save_figure(draw_calibration(rank_plot(calibration)), figure, overwrite=force)
         print(f"wrote {figure}")
+
+
+def gap_record(gap: InferenceGap) -> dict[str, Any]:
+    """An inference gap as plain data: means over data in nats, with their errors, and whether the search converged."""
+    parts = {
+        "amortisation_gap": (gap.amortisation_gap, gap.amortisation_gap_error),
+        "approximation_gap": (gap.approximation_gap, gap.approximation_gap_error),
+        "gap": (gap.gap, gap.gap_error),
+    }
+    record: dict[str, Any] = {"num_data": len(gap.elbo), "converged": bool(gap.refinement.converged)}
+    for name, (value, error) in parts.items():
+        record[name] = float(value.double().mean())
+        record[f"{name}_std_error"] = float(error.double().square().sum().sqrt()) / len(error)
+    return record
 
 
 def evidence_record(estimate: Evidence) -> dict[str, Any]:

@@ -99,7 +99,13 @@ def gather_options(
     """
     stated = {key: value for key, value in given.items() if value is not None}
     _assign("--set", "epochs=50", assignments, stated)
-    options = {**(read_yaml(file) if file is not None else {}), **stated}
+    told = read_yaml(file) if file is not None else {}
+    if "format" in told:
+        raise ConfigError(
+            f"{file}: expected a file of options, got the record of a run: the command that began it, with --resume, goes on "
+            "with it, and the text printed at its start is a file of its options"
+        )
+    options = {**told, **stated}
     if choices:
         chosen: dict[str, Any] = {}
         _assign("--pair", "num_timesteps=100", choices, chosen)

@@ -6,6 +6,7 @@ is only ever resumed under the very configuration that it was started with.
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -126,7 +127,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     for fault in error.errors():
         name = ".".join(map(str, fault["loc"])) or "options"
         if fault["type"] == "extra_forbidden":
-            faults.append(f"{name}: no such option; there are {', '.join(model.model_fields)}")
+            near = difflib.get_close_matches(name, model.model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(model.model_fields)}"
+            faults.append(f"{name}: no such option; {hint}")
         elif fault["type"] == "value_error":
             faults.append(fault["msg"].removeprefix("Value error, "))
         else:

@@ -210,7 +210,7 @@ def load_data(
         source = readers[reader](Path(place))
     else:
         known = ", ".join(row["spec"] for row in list_data())
-        raise DataError(f"data: expected one of {known}, got {spec!r}; `ppl data` lists them")
+        raise DataError(f"data: expected one of {known}, got {spec!r}; {_meant(spec)}`ppl data` lists them")
     if source.alphabet is not None:
         if scaling not in (None, "classes") or binarization not in (None, "none"):
             raise DataError(
@@ -354,6 +354,17 @@ def _state(source: Source, scaling: str | None, binarization: str | None) -> Dat
         split=source.split,
         alphabet=source.alphabet,
     )
+
+
+def _meant(spec: str) -> str:
+    """What a file or folder given without its kind is read as, if it is there."""
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return f"a folder of images is images:{spec}, one of idx files mnist:{spec}; "
+    kind = {".npz": "npz", ".txt": "text"}.get(path.suffix.lower())
+    if path.is_file() and kind:
+        return f"did you mean {kind}:{spec}? "
+    return "numpy.savez(FILE, train=x) writes an array as npz:FILE; " if path.is_file() else ""
 
 
 def _largest(source: Source) -> int:

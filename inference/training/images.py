@@ -33,7 +33,7 @@ class ImageFiles(Dataset[Tensor]):
             if header != headers[0]:
                 raise DataError(
                     f"{path}: {header[0]} {header[1]}, but {self.paths[0].name} is {headers[0][0]} {headers[0][1]}; "
-                    "expected one mode and size, convert the files (or give image_size for sizes that differ)"
+                    "expected one mode and size, convert the files (load_data has image_size for sizes that differ)"
                 )
         mode, (width, height) = headers[0]
         self.data_shape = (height, width) if mode == "L" else (3, height, width)

@@ -188,6 +188,8 @@ def read_npz(path: Path) -> Source:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     arrays = {}
+    if path.suffix == ".npy" and path.is_file():
+        raise DataError(f"{path}: a single array, no archive of them; write it with numpy.savez(FILE, train=x)")
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():

@@ -155,7 +155,7 @@ class TestInferenceGap:
         )
         assert refinement.steps == 40  # another doubling would go beyond the maximum
         assert not refinement.converged
-        assert "NOT converged for 2 of 2 data, raise max_steps" in refinement.words()
+        assert "NOT converged for 2 of 2 data: raise max_steps (--gap-steps)" in refinement.words()
 
     def test_where_the_guide_starts_does_not_matter(self):
         """A law of another family, so that a gap stays; the best LogNormal's is known in closed form."""
@@ -184,7 +184,7 @@ class TestInferenceGap:
             ([0.0, 0.009], [0.0, 0.0], ": converged"),
             ([0.0, 0.02], [0.0, 0.0], "datum 1 the most, by +0.0200 ± 0.0000 nats: NOT converged for 1 of 2 data"),
             ([0.0, 0.02] + 98 * [0.0], 100 * [0.001], "NOT converged for 1 of 100 data"),  # a small mean hides nothing
-            ([480.7, 0.0], [477.5, 0.0], "for 1 of 2 data, raise max_steps (1 of them not known"),
+            ([480.7, 0.0], [477.5, 0.0], "for 1 of 2 data: raise max_steps (--gap-steps) (1 of them not known"),
             ([0.0, math.nan], [0.0, math.nan], "datum 1 the most, by +nan ± nan nats: NOT converged for 1 of 2 data"),
         ],
     )

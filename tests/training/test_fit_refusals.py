@@ -100,7 +100,7 @@ def test_the_same_data_well_stated_are_taken() -> None:
     ("options", "error", "reason"),
     [
         ({"epochs": 0}, ConfigError, "epochs: input should be greater than or equal to 1, got 0"),
-        ({"epoch": 3}, ConfigError, "epoch: no such option; there are epochs, batch_size"),
+        ({"epoch": 3}, ConfigError, "epoch: no such option; did you mean epochs"),
         ({"learning_rate": float("nan")}, ConfigError, "learning_rate: "),
         ({"patience": 3}, ConfigError, "expected validation_fraction > 0 with patience"),
         ({"validation_fraction": 0.999}, ConfigError, "expected validation_fraction to leave training data"),

@@ -116,7 +116,7 @@ def test_npz_classes_need_a_stated_number(tmp_path: Path, dtype: type) -> None:
     few: np.ndarray = (PIXELS % 5).astype(dtype)
     more: np.ndarray = np.full((2, 5, 4), 6, dtype=dtype)
     unstated = npz(tmp_path / "a.npz", train=few, test=more)
-    with pytest.raises(DataError, match=r"a\.npz: .*number of classes .* integers up to 6 .*'levels' .*, 7 or more"):
+    with pytest.raises(DataError, match=r"a\.npz: .*number of classes .* integers up to 6 .*'levels', 7 or more"):
         load_data(unstated, scaling="classes")
     assert load_data(unstated, scaling="unit").levels == 256  # as grey values they are taken for 8-bit ones
     stated = load_data(npz(tmp_path / "b.npz", train=few, test=more, levels=np.array(7)), scaling="classes")
