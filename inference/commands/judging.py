@@ -55,10 +55,10 @@ def evidence(
 ) -> None:
     """Estimate log p(x) of held-out data by importance weighting, per datum with its error, and say how far to trust it.
 
-    IWAE-K bound, standard error, effective sample size and Pareto k-hat; nats and bits/dim. The means, those of the gaps too, are
-    also written to RUN/evidence.json. With --ladder: ELBO, IWAE-K, AIS and reverse AIS, which bound log p(x) from both sides.
-    Where the latents can be summed over, log p(x) is also exact; of a diffusion of many steps it is the ELBO, a lower bound, and
-    said to be one.
+    IWAE-K bound, standard error, effective sample size and Pareto k-hat; nats and bits/dim. The means, and those of the gaps,
+    are also written to RUN/evidence.json. With --ladder: ELBO, IWAE-K, AIS and reverse AIS, which bound log p(x) from both
+    sides. Where the latents can be summed over, log p(x) is also exact; of a diffusion of many steps it is the ELBO, a lower
+    bound, and said to be one.
     """
     import torch
 
