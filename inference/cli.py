@@ -26,7 +26,7 @@ from rich.markup import escape
 from inference.commands import demo, judging, listing, looking, training
 
 EXAMPLES = {
-    "ppl demo": "the whole tour in a minute",
+    "ppl demo": "the whole tour, in under two minutes",
     "ppl train vae --data digits --out runs/vae": "data in, a RUN folder out",
     "ppl terms runs/vae": "the bound, term by term",
     "ppl sample runs/vae -n 64 --out samples.png": "pictures",

@@ -18,7 +18,7 @@ evaluation (``pair.eval()``): a reported bound is that of the data as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from ppl_models.corruption import Corruption, Masking
 from ppl_models.likelihoods import Likelihood
 from ppl_models.networks.codes import CodeEncoder
-from ppl_models.networks.mlp import Decoder
+from ppl_models.networks.mlp import Activation, Decoder
 from ppl_models.pair import ModelGuidePair
 from ppl_models.penalties import ActivityTarget, Contraction, Penalty
 from ppl_models.probing import evaluate_once, probe_decoder
 from ppl_models.registry import describe
 
-KINDS = ("plain", "denoising", "sparse", "k-sparse", "contractive")
+Kind = Literal["plain", "denoising", "sparse", "k-sparse", "contractive"]
+KINDS = get_args(Kind)
 
 
 class AutoEncoder(ModelGuidePair):
@@ -110,8 +111,8 @@ class AutoEncoder(ModelGuidePair):
         likelihood: Likelihood,
         latent_dim: int = 16,
         hidden: Sequence[int] = (200, 200),
-        activation: str = "tanh",
-        kind: str = "plain",
+        activation: Activation = "tanh",
+        kind: Kind = "plain",
         corruption: Corruption | None = None,
         penalties: Sequence[Penalty] = (),
         k: int | None = None,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ppl_models.likelihoods import Likelihood
 from ppl_models.networks.arrays import mirrored
+from ppl_models.networks.mlp import Activation
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once
 from ppl_models.registry import describe
@@ -163,7 +164,7 @@ class CategoricalVAE(ModelGuidePair):
         num_latents: int = 20,
         num_classes: int = 10,
         hidden: Sequence[int] = (200, 200),
-        activation: str = "tanh",
+        activation: Activation = "tanh",
     ) -> CategoricalVAE:
         """A categorical VAE with MLP encoder and decoder, mirror images of each other.
 

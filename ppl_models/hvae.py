@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ppl_models.likelihoods import Bernoulli, Likelihood
 from ppl_models.networks.gaussian_layers import LadderEncoder
-from ppl_models.networks.mlp import Decoder, GaussianEncoder
+from ppl_models.networks.mlp import Activation, Decoder, GaussianEncoder
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once
 from ppl_models.registry import describe
@@ -104,7 +104,7 @@ class HVAE(ModelGuidePair):
         latent_dims: Sequence[int] = (32, 16),
         hidden: Sequence[int] | Sequence[Sequence[int]] = (200, 200),
         guide: Guide = "bottom_up",
-        activation: str = "tanh",
+        activation: Activation = "tanh",
     ) -> HVAE:
         """An HVAE of MLPs, each layer's decoder the mirror image of its encoder.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.likelihoods import Likelihood
-from ppl_models.networks.mlp import Decoder, GaussianEncoder
+from ppl_models.networks.mlp import Activation, Decoder, GaussianEncoder
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once, probe_decoder
 from ppl_models.registry import describe
@@ -80,7 +80,7 @@ class VAE(ModelGuidePair):
         likelihood: Likelihood,
         latent_dim: int = 16,
         hidden: Sequence[int] = (200, 200),
-        activation: str = "tanh",
+        activation: Activation = "tanh",
     ) -> VAE:
         """A VAE with MLP encoder and decoder, mirror images of each other.
 

@@ -45,6 +45,7 @@ from torch.distributions.kl import register_kl
 from ppl_models.discrete_vae import check_encoding, check_sizes, one_hot, zeros_like_parameters
 from ppl_models.likelihoods import Likelihood
 from ppl_models.networks.arrays import mirrored
+from ppl_models.networks.mlp import Activation
 from ppl_models.networks.precision import at_least_float32
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once
@@ -210,7 +211,7 @@ class VQVAE(ModelGuidePair):
         num_codes: int = 64,
         code_dim: int = 8,
         hidden: Sequence[int] = (200, 200),
-        activation: str = "tanh",
+        activation: Activation = "tanh",
         commitment: float = 0.25,
     ) -> VQVAE:
         """A VQ-VAE with MLP encoder and decoder, mirror images of each other.

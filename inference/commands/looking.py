@@ -114,7 +114,7 @@ def sample(
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
-    """Draw from the model: z ~ p(z), x ~ p(x | z), and the means E[x | z] at the same z; of text, print the draws.
+    """Draw from the model: z ~ p(z), x ~ p(x | z), and of images the means E[x | z] at the same z; of text, print the draws.
 
     Of a diffusion, down the chain from x_T to x_0; whatever changes the law of the samples is said with them.
     """
