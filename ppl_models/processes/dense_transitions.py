@@ -25,9 +25,7 @@ from ppl_models.processes.transitions import (
     Schedule,
     Transitions,
     betas,
-    log_add_exp,
     refuse_steps,
-    shapes_are_fixed,
     whole,
 )
 
@@ -145,9 +143,9 @@ class DenseTransitions(Transitions):
     def log_propagate(self, log_p: Tensor, t: Tensor) -> Tensor:
         """See the base class; O(K^2), a matrix product of probabilities in float64, whose non-negative terms cancel nothing.
 
-        Where it is below 1e-280, near the smallest float64, two of its terms are kept, in log space: the diagonal's,
-        p_j [Qbar_t]_jj, and that of the likeliest class, which is nearly all where p is as sharp as that. A law becomes
-        infinite only where Qbar_t has zeros at both and p leaves less than 1e-280 to all other classes.
+        Where it is below 1e-280, near the smallest float64, one of its terms is kept, in log space: the diagonal's,
+        p_j [Qbar_t]_jj, or if it is larger that of the likeliest class, which is nearly all where p is as sharp as that. A
+        law becomes infinite only where Qbar_t has zeros at both and p leaves less than 1e-280 to all other classes.
         """
         shape = log_p.shape[:-1]
         t = t.reshape((1,) * (len(shape) - t.dim()) + t.shape)
@@ -159,15 +157,11 @@ class DenseTransitions(Transitions):
         rows = log_p.reshape(*shape[:leading], -1, self.num_classes)
         moved = rows.to(torch.float64).exp() @ self._products[t]
         lost = moved <= _FLOOR  # not NaN, which must not become an impossible event
-        result = torch.where(lost, 1.0, moved).log().to(log_p.dtype)
-        if shapes_are_fixed() or bool(lost.any()):
-            stay = self.log_products.diagonal(dim1=-2, dim2=-1)[t][..., None, :].to(log_p.dtype)
-            largest, likeliest = rows.max(-1)
-            term = largest[..., None] + self.log_products[t[..., None], likeliest].to(log_p.dtype)
-            own = likeliest[..., None] == torch.arange(self.num_classes, device=rows.device)  # the same term twice
-            kept = log_add_exp(rows + stay, term.masked_fill(own, -torch.inf))
-            result = torch.where(lost, kept, result)
-        return result.reshape(log_p.shape)
+        log_moved = torch.where(lost, 1.0, moved).log().to(log_p.dtype)
+        stay = self.log_products.diagonal(dim1=-2, dim2=-1)[t][..., None, :].to(log_p.dtype)
+        largest, likeliest = rows.max(-1)
+        term = largest[..., None] + self.log_products[t[..., None], likeliest].to(log_p.dtype)
+        return torch.where(lost, torch.maximum(rows + stay, term), log_moved).reshape(log_p.shape)
 
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         """See the base class: one number for each class."""
