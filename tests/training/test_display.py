@@ -39,8 +39,9 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.out == ""
     lines = shown.err.splitlines()
     assert lines[0].startswith("training VAE (30 parameters) on 37 data, validating on the training data themselves")
-    assert lines[1] == HEADER
-    for line, row in zip(lines[2:], (run.metrics[0], run.metrics[-1]), strict=True):
+    assert lines[1] == "uncompiled: 16 steps, and compiling pays from 40,000; compile=on compiles all the same"
+    assert lines[2] == HEADER
+    for line, row in zip(lines[3:], (run.metrics[0], run.metrics[-1]), strict=True):
         place, train, valid, error, rate, distortion, bits, active, speed, left = line.split()
         assert place == f"{int(row['epoch'])}/4"
         assert [float(train), float(valid), float(error), float(rate), float(distortion)] == pytest.approx(
@@ -61,7 +62,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_diffusion_has_no_units_to_count(capsys: pytest.CaptureFixture[str]) -> None:
     pair = DDPM.preset((2,), Normal(), num_timesteps=3, hidden=4, blocks=1)
     fit(pair, torch.randn(20, 2), epochs=1, progress=True)
-    assert capsys.readouterr().err.splitlines()[2].split()[-3] == "-"
+    assert capsys.readouterr().err.splitlines()[3].split()[-3] == "-"
 
 
 def test_nothing_is_shown_when_not_asked(capsys: pytest.CaptureFixture[str]) -> None:
