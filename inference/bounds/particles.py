@@ -144,11 +144,18 @@ def make_plan(
         vectorize: True demands vectorised particles, False forbids them, None lets the replay check decide.
 
     Raises:
+        TypeError: a model or guide that cannot be called.
         PairError: missing, superfluous or observed guide sites; or ``vectorize=True`` on programs that do not allow it.
         NotANumberError: a log-density is not a number.
     """
     from inference.bounds.vectorizing import obstacle_to_vectorizing
 
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program):
+            raise TypeError(
+                f"expected two Pyro programs and what they are called with, got a {type(program).__name__} as {name}: of a pair "
+                "they are pair.model and pair.guide, as in decompose_elbo(pair.model, pair.guide, x)"
+            )
     prototype = prototype_draw(model, guide, args, kwargs)
     sites = [s for s in (*prototype.model.values(), *prototype.guide.values()) if not is_deterministic(s)]
     frames = [{f.name: f for f in site["cond_indep_stack"] if f.vectorized} for site in sites]

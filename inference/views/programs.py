@@ -76,7 +76,8 @@ def program_table(model: Program, guide: Program, *args: Any, **kwargs: Any) -> 
         reparameterised = "-" if q is None else _yes_or_no(q["fn"].has_rsample)
         rows.append([name, plates or "-", *_columns(p), *_columns(q), reparameterised, closed])
     reasons = [f"  {name}: {decomposition[name].reason}" for name in names if name in decomposition]
-    return "\n".join([text_table(header, rows), *reasons])
+    words = "  log p, log q: nats at one draw of the latents, summed over all of a site"
+    return "\n".join([text_table(header, rows), words, *reasons])
 
 
 def mermaid(model: Program, guide: Program, *args: Any, **kwargs: Any) -> str:

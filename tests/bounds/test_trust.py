@@ -11,6 +11,7 @@ from scipy import integrate, stats
 
 from inference import annealed_evidence, decompose_elbo, log_evidence
 from inference.bounds.sites import PairError
+from ppl_models import LinearGaussian
 
 X = torch.tensor([2.311, -0.44, -3.268])
 
@@ -115,3 +116,10 @@ def test_a_subsampled_plate_is_told_with_its_scale():
     assert "plate 'data' holds 2 of 3: each term is scaled by 3/2" in d.table()
     error = d.std_error.square().sum().sqrt()
     assert (d.elbo.sum() - EXACT.sum()).abs() < 6.5 * error
+
+
+def test_a_pair_in_the_place_of_its_programs_is_told_what_they_are():
+    pair = LinearGaussian.random(data_dim=2, latent_dim=1)
+    for tool in (decompose_elbo, log_evidence, annealed_evidence):
+        with pytest.raises(TypeError, match=r"got a Tensor as guide: of a pair they are pair\.model and pair\.guide"):
+            tool(pair, pair.model(size=3).detach())
