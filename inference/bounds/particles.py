@@ -153,8 +153,8 @@ def make_plan(
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program):
             raise TypeError(
-                f"expected two Pyro programs and what they are called with, got a {type(program).__name__} as {name}: of a pair "
-                "they are pair.model and pair.guide, as in decompose_elbo(pair.model, pair.guide, x)"
+                f"expected two Pyro programs and what they are called with, got a {type(program).__name__} as {name}: of a "
+                "pair they are pair.model and pair.guide, as in decompose_elbo(pair.model, pair.guide, x)"
             )
     prototype = prototype_draw(model, guide, args, kwargs)
     sites = [s for s in (*prototype.model.values(), *prototype.guide.values()) if not is_deterministic(s)]

@@ -8,7 +8,6 @@ run takes the very steps it would have taken.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +21,6 @@ from inference.training.objectives import TrainingStep
 CPU_STEPS, CUDA_STEPS = 40_000, 5_000
 BACKEND = "inductor"
 
-_LOG = logging.getLogger(__name__)
-
 
 class Stepper:
     """``loss.step``, compiled for full batches where the configuration asks for it or the run is long.
@@ -35,6 +32,7 @@ class Stepper:
         full_batch: how many data this process has in a full batch.
         device: where the run computes.
         say: shows a sentence.
+        warn: the same, of what runs uncompiled though compiling was meant; seen also where nothing else is shown.
     """
 
     def __init__(
@@ -45,8 +43,9 @@ class Stepper:
         full_batch: int,
         device: torch.device,
         say: Callable[[str], None],
+        warn: Callable[[str], None] | None = None,
     ) -> None:
-        self.loss, self.full_batch, self.say = loss, full_batch, say
+        self.loss, self.full_batch, self.say, self.warn = loss, full_batch, say, warn or say
         self.required = config.compile == "on"
         enough = CUDA_STEPS if device.type == "cuda" else CPU_STEPS
         long = total_steps >= enough and config.processes == 1
@@ -70,7 +69,7 @@ class Stepper:
         if len(x) != self.full_batch:
             if not self._said_partial:
                 self._said_partial = True
-                self.say(f"batches of {len(x)}, the last of an epoch, run uncompiled")
+                self.warn(f"batches of {len(x)}, the last of an epoch, run uncompiled")
             return self.loss.step(x)
         if self.fast is None:
             self._compile(x)
@@ -97,7 +96,6 @@ class Stepper:
             if self.required:
                 raise ConfigError(f"compile: {error}; use compile=off") from error
             self.wanted = False
-            self.say(f"training uncompiled: {error}")
-            _LOG.warning("training uncompiled: %s", error)
+            self.warn(f"training uncompiled: {error}")
             return
         self.say("; ".join(self.fast.history))

@@ -7,6 +7,7 @@ Nothing that depends on the clock enters the state.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -41,6 +42,8 @@ from ppl_models.pair import ModelGuidePair
 
 COLLAPSE_DATA, COLLAPSE_DRAWS = 500, 10
 VALIDATION_COLUMNS = ("elbo", "std_error", "rate", "distortion", "bits_per_dim")
+
+_LOG = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -82,7 +85,8 @@ class Trainer:
         self.device = self.optimization.parameters[0].device
         self.loss.to(self.device)
         full_batch = len(range(rank, min(config.batch_size, self.num_data), world))
-        self.stepper = Stepper(self.loss, config, self.total_steps, full_batch, self.device, display.message)
+        warn = display.message if display.enabled or rank > 0 else _LOG.warning
+        self.stepper = Stepper(self.loss, config, self.total_steps, full_batch, self.device, display.message, warn)
         self.epoch = self.batch = 0  # epochs done, and batches done of the one under way
         self.layers = layers(pair)
         # data, rate and distortion of the epoch under way, and the rate of each layer
