@@ -101,7 +101,7 @@ def draw_calibration(data: RankPlot) -> Figure:
             left.set_title(f"{data.names[row]}: {verdict} (p = {data.p_values[row]:.2g})", loc="left")
         grid[-1, 0].set_xlabel("rank of the truth among the guide's draws, as a fraction")
         grid[-1, 1].set_xlabel("u, fraction of the ranks")
-        grid[0, 1].set_title("grey: 95 % band of all together", loc="right")
+        grid[0, 1].set_title("grey: 95 % band of each, for all its bins together", loc="right")
         figure.suptitle(f"Simulation-based calibration, {data.num_simulations} simulations", fontsize=10)
     return figure
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from inference.ancestral import Interpolation, Trajectory, ancestral_trajectory, interpolation
 from inference.views.drawing import (
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from ppl_models.diffusion import Diffusion
 
 BAND = 2.0  # standard errors each way
+FAR_BELOW = 1e-3  # of the smallest L_t between: where L_T and L_0 leave the picture
 FILM_COLUMNS = 9  # and the data
 FILM_ROWS, FILM_POINTS = 4, 300
 RANGES = 8  # rows of the table between L_0 and L_T
@@ -209,7 +211,11 @@ def draw_bound_by_t(data: BoundByT) -> Figure:
             curve.fill_between(t, np.maximum(loss - band, 0.01 * loss), loss + band, color=BLUE, alpha=0.3, linewidth=0)
         for i, marker, colour, label in ((0, "o", VERMILION, "$L_0$"), (-1, "s", GREEN, "$L_T$")):
             value, error = data.loss[i], BAND * data.std_error[i]
-            if value > 0:
+            if 0 < value < FAR_BELOW * loss.min(initial=np.inf) and len(t):  # it would flatten the curve
+                curve.plot(
+                    [], [], color=colour, marker=marker, linewidth=0, label=f"{label} = {value:.1g}, below the axis"
+                )
+            elif value > 0:
                 bars = error if 0 < error < value else None
                 curve.errorbar(
                     data.t[i], value, bars, color=colour, marker=marker, linewidth=0, elinewidth=1, label=label
@@ -217,6 +223,7 @@ def draw_bound_by_t(data: BoundByT) -> Figure:
             else:  # the density of continuous data may exceed one
                 curve.plot([], [], color=colour, marker=marker, linewidth=0, label=f"{label} ≤ 0: see below")
         curve.set_yscale("log")
+        curve.xaxis.set_major_locator(MaxNLocator(integer=True))
         curve.set(xlabel="t", ylabel="bits per dimension")
         curve.grid(True)
         curve.legend(loc="best")
@@ -310,7 +317,9 @@ def _point_strip(data: FilmStrip) -> Figure:
         if not np.isnan(predicted[j]).any():
             draw_points(grid[1, j], plane(predicted[j]), color=ORANGE, s=4)
         else:
-            grid[1, j].text(0.5, 0.5, "data", transform=grid[1, j].transAxes, ha="center", va="center", color=GREY)
+            grid[1, j].text(
+                0.5, 0.5, "$x_0$ is drawn", transform=grid[1, j].transAxes, ha="center", va="center", color=GREY
+            )
     for axes in grid.flat:
         finish_plane(axes, ("", ""), states.reshape(-1, 2))
     grid[0, 0].set_ylabel("$x_t$")
