@@ -96,9 +96,8 @@ class LinearDiffusion(Diffusion):
         process = GaussianProcess(schedule, m.shape)
         super().__init__(_GaussianDenoiser(process, m, s), process, m.shape)
         self.guide_kind = guide
-        self._given = [
-            torch.as_tensor(value, dtype=torch.float64).tolist() for value in (loc, scale)
-        ]  # training moves its own
+        # as they were given: training moves the network's
+        self._given = [torch.as_tensor(value, dtype=torch.float64).tolist() for value in (loc, scale)]
 
     def guide(self, x: Tensor) -> Tensor:
         """The process q, or the exact posterior p(x_1 | x_0) prod p(x_t | x_{t-1}): sites ``x_1`` .. ``x_T``."""

@@ -193,7 +193,7 @@ def missed_by_guide(plan: Plan) -> tuple[str, ...]:
             share = 1 - float(in_support(site["fn"], values).double().mean())
             if share > 0:
                 found.append(
-                    f"the guide has no density at {share:.2g} of the values of {name!r} that the model draws: what the "
+                    f"the guide has no density at {100 * share:.2g} % of the values of {name!r} that the model draws: what the "
                     "posterior has there is left out, and log p(x) is above the estimate by it; give the guide the model's "
                     "support"
                 )

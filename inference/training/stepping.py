@@ -16,7 +16,9 @@ from torch import Tensor
 
 from inference.training.compilation import CompiledObjective, compile_objective
 from inference.training.config import ConfigError, TrainConfig
+from inference.training.flat_graph import InPlaceError
 from inference.training.objectives import TrainingStep
+from inference.training.traceability import NotTraceableError
 
 CPU_STEPS, CUDA_STEPS = 40_000, 5_000
 BACKEND = "inductor"
@@ -93,8 +95,10 @@ class Stepper:
         try:
             self.fast = compile_objective(self.loss, x, method="step", backend=BACKEND)
         except Exception as error:  # what cannot be compiled can still be trained
-            if self.required:
+            if self.required and isinstance(error, (NotTraceableError, InPlaceError)):
                 raise ConfigError(f"compile: {error}; use compile=off") from error
+            if self.required:  # a fault of the loss or of the data, which compile=off would not mend
+                raise
             self.wanted = False
             self.warn(f"training uncompiled: {error}")
             return

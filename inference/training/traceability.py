@@ -2,7 +2,8 @@
 
 A graph is right where it gives the loss's values, buffers and gradient on the same draws. That is checked once for each
 graph, by seeding torch's generator alike; so counters in Python and the like are found out. Noise from elsewhere, which might
-pass by chance, is looked for: Python's and numpy's generators must not have moved, and no draw may have one of its own.
+pass by chance, is looked for: Python's and numpy's global generators must not have moved, and no draw of torch's may have a
+generator of its own.
 """
 
 from __future__ import annotations

@@ -21,13 +21,7 @@ from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
 from ppl_models.processes.class_law import ClassLaw
-from ppl_models.processes.transitions import (
-    Schedule,
-    Transitions,
-    betas,
-    refuse_steps,
-    whole,
-)
+from ppl_models.processes.transitions import Schedule, Transitions, betas, refuse_steps, whole
 
 __all__ = ["DenseTransitions", "DiscretizedGaussianTransitions", "discretized_gaussian", "log_matmul", "refuse_large"]
 
@@ -60,9 +54,7 @@ class DenseTransitions(Transitions):
                 [0.1800, 0.8200]], dtype=torch.float64)
     """
 
-    log_columns: (
-        Tensor  # log Q_t transposed: a step of training reads columns, and columns of a row-major table are slow
-    )
+    log_columns: Tensor  # log Q_t transposed: training reads columns, which are slow in a table of rows
     log_products: Tensor
     _products: Tensor  # Qbar_t itself, so that no step takes K^2 exponentials
     _log_stationary: Tensor

@@ -12,9 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from inference import fit
+from inference import ElboLoss, fit
 from inference.training import compilation, stepping
 from inference.training.compilation import NotTraceableError, compile_objective
+from inference.training.config import ConfigError, TrainConfig
 from ppl_models import VAE
 from ppl_models.likelihoods import Bernoulli
 from tests.training.test_compilation import is_fresh, run, said, same, vae_loss
@@ -240,3 +241,11 @@ def test_a_short_run_says_that_it_is_not_compiled(capsys):
     )
     fit(pair, torch.ones(16, 6), epochs=1, batch_size=8, compile="off")
     assert "uncompiled" not in capsys.readouterr().err
+
+
+def test_on_leaves_a_fault_of_the_data_what_it_is():
+    pair = VAE.preset((6,), Bernoulli(), latent_dim=2, hidden=(4,))
+    stepper = stepping.Stepper(ElboLoss(pair), TrainConfig(compile="on"), 1, 3, torch.device("cpu"), print)
+    with pytest.raises(ValueError, match="0 or 1") as raised:
+        stepper(torch.full((3, 6), 0.5))
+    assert not isinstance(raised.value, ConfigError)
