@@ -56,7 +56,9 @@ _SEED = 20_180_515  # of the draws compared: no seed that a program is likely to
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device)  # what may come back beside tensors
 
 _LOG = logging.getLogger(__name__)
-_LOCK = threading.RLock()  # tracing puts stand-ins in the places of parameters, which no other thread may read
+# Tracing puts stand-ins in the places of parameters, which no other thread may read, and compares draws from torch's generator,
+# which no other thread's replay may move.
+_LOCK = threading.RLock()
 
 
 def compile_objective(
@@ -154,7 +156,7 @@ class CompiledObjective(nn.Module):
                 traced.calls += 1
                 if traced.calls == COMPILE_AFTER:
                     self._compile(traced, inputs)
-        return getattr(self.loss, self.method)(x) if traced is None else traced.graph(inputs)
+            return getattr(self.loss, self.method)(x) if traced is None else traced.graph(inputs)
 
     def prepare(self, x: Tensor) -> None:
         """Traces and compiles for batches like ``x``, if that has not been done; see :func:`compile_objective`."""
