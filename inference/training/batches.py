@@ -104,7 +104,7 @@ def iterate(
         order = order.to(data.device)
     shares = [order[b * batch_size : (b + 1) * batch_size][rank::world] for b in range(start, total)]
     if isinstance(data, Tensor):
-        return ((indices, data[indices].to(device)) for indices in shares)
+        return ((indices, data.index_select(0, indices).to(device)) for indices in shares)
     return _load(data, shares, device, num_workers)
 
 
