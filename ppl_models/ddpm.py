@@ -120,6 +120,8 @@ class DDPM(Diffusion):
         self.predict = predict
         self.variance = variance
         self.likelihood = likelihood
+        if variance != "learned":
+            self._tabulate_divergence(schedule)
 
     @classmethod
     def preset(
@@ -202,13 +204,15 @@ class DDPM(Diffusion):
     def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         r"""\|mu - mu-tilde\|^2 / (2 sigma_t^2) + (D/2)(r - 1 - log r), r = beta-tilde_t / sigma_t^2; see the base class."""
         n, c = len(self.data_shape), partial(self.process.coefficient, t=t, like=x_t)
-        error, scale = self._squared_error(output, x_0, x_t, t), self.scale(output, x_t, t)
-        ratio = (c("sqrt_posterior_variance") / scale).square()
-        gain, excess = (self._gain(c) / scale).square(), ratio - 1 - ratio.log()
+        error = self._squared_error(output, x_0, x_t, t)
         if self.variance == "learned":
-            return 0.5 * sum_rightmost(torch.addcmul(excess, gain, error), n)
-        gain, excess = gain.reshape(t.shape), excess.reshape(t.shape)  # one for all dimensions
-        return 0.5 * torch.addcmul(self.data_shape.numel() * excess, gain, sum_rightmost(error, n))
+            scale = self.scale(output, x_t, t)
+            ratio = (c("sqrt_posterior_variance") / scale).square()
+            return 0.5 * sum_rightmost(
+                torch.addcmul(ratio - 1 - ratio.log(), (self._gain(c) / scale).square(), error), n
+            )
+        weight, excess = c("error_weight").reshape(t.shape), c("variance_excess").reshape(t.shape)
+        return torch.addcmul(excess, weight, sum_rightmost(error, n))
 
     def draw_previous(self, output: Tensor, x_t: Tensor, t: int) -> Tensor:
         """mu(x_t, t) + sigma_t z, its coefficients numbers; see the base class."""
@@ -316,6 +320,17 @@ class DDPM(Diffusion):
                 return c("posterior_weight_x_0")
         return 1.0
 
+    def _tabulate_divergence(self, schedule: NoiseSchedule) -> None:
+        """What :meth:`step_divergence` needs of each t, in float64: r - 1 - log r, of second order, cancels in float32."""
+        c = partial(_table, schedule)
+        log_variance = schedule.log_beta if self.variance == "beta" else schedule.log_posterior_variance
+        log_ratio = schedule.log_posterior_variance - log_variance
+        log_ratio[0] = 0.0  # at t = 1 there is no such step
+        self.process.tabulate(
+            error_weight=0.5 * self._gain(c) ** 2 * (-log_variance).exp(),
+            variance_excess=0.5 * self.data_shape.numel() * (log_ratio.expm1() - log_ratio),
+        )
+
     def check_data(self, x: Tensor, name: str = "x") -> None:
         """Refuses data that the likelihood gives no probability to; see the base class."""
         self.likelihood.check(x, name)
@@ -333,6 +348,12 @@ class DDPM(Diffusion):
 
     def _prediction(self, output: Tensor) -> Tensor:
         return output[..., 0] if self.variance == "learned" else output
+
+
+def _table(schedule: NoiseSchedule, name: str) -> Tensor:
+    """A coefficient of every step, float64 ``[T]``."""
+    table: Tensor = getattr(schedule, name.removeprefix("sqrt_"))
+    return table.sqrt() if name.startswith("sqrt_") else table
 
 
 def _refuse_other_grid(

@@ -12,15 +12,10 @@ the first bin open to -inf and the last to +inf, so that the bins sum to one:
 Convention: everything is computed in units of half a bin. There v_k is the integer n = 2k - (levels - 1), the bin's
 edges are n - 1 and n + 1, and the Normal has centre (levels - 1) loc and spread (levels - 1) scale. Neighbouring bins
 then share the very same edge in floating point, without which they would not sum to one for a small scale in float32.
-
-Constraint: no value decides the control flow in Python, so that `log_prob` can be traced, vmapped and compiled; each
-branch of a `torch.where` is fed harmless numbers where it is not taken, because 0 * inf in its backward pass is NaN.
 """
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
@@ -29,13 +24,9 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
+from ppl_models.bin_probability import log_bin_probability
+
 __all__ = ["Bernoulli", "DiscretizedNormal", "Grid"]
-
-_SQRT_HALF = math.sqrt(0.5)
-_SQRT_2PI = math.sqrt(2.0 * math.pi)
-
-# Gauss-Legendre on [-1, 1] with 8 points. The integrand is made even, so the 4 positive nodes do (weights sum to 1).
-_NODES, _WEIGHTS = (column[4:].tolist() for column in np.polynomial.legendre.leggauss(8))
 
 
 class Bernoulli(dist.Bernoulli):
@@ -197,14 +188,14 @@ class DiscretizedNormal(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         top = self.levels - 1
-        return _log_bin_probability(_half_bins(value, self.levels), top * self.loc, top * self.scale, top)
+        return log_bin_probability(_half_bins(value, self.levels), top * self.loc, top * self.scale, top)
 
     @property
     def logits(self) -> Tensor:
         """Normalised log-probabilities of all values in ascending order, shape [*batch_shape, levels], in nats."""
         top = self.levels - 1
         n = torch.arange(-top, top + 1, 2, dtype=self.loc.dtype, device=self.loc.device)
-        return _log_bin_probability(n, top * self.loc.unsqueeze(-1), top * self.scale.unsqueeze(-1), top)
+        return log_bin_probability(n, top * self.loc.unsqueeze(-1), top * self.scale.unsqueeze(-1), top)
 
     @property
     def probs(self) -> Tensor:
@@ -251,47 +242,3 @@ class DiscretizedNormal(TorchDistribution):
 def _half_bins(x: Tensor, levels: int) -> Tensor:
     """The level nearest to x as an integer n = 2k - (levels - 1), its position in units of half a bin."""
     return 2 * torch.round((x + 1) * ((levels - 1) / 2)) - (levels - 1)
-
-
-def _log_bin_probability(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> Tensor:
-    """Log of the mass of N(centre, spread^2) in (n - 1, n + 1); the bins -top and top are open outwards.
-
-    The bin is mirrored to lie above the centre: with lo < hi the z-scores of its edges there, the mass is
-    Q(lo) - Q(hi), where Q(z) = 1 - Phi(z) = erfc(z/sqrt 2)/2, and hi = inf for an open bin. Three forms of it, each
-    without cancellation where it is used:
-
-    - narrow (width <= 1 and the density's exponent changes by <= 2 across the bin): width times the mean density,
-      by quadrature; with m the z-score of the middle and d = width/2,
-      width phi(m) * int_0^1 exp(-(d u)^2/2) cosh(m d u) du;
-    - tail (lo > 0): e^{-lo^2/2} (erfcx(lo/sqrt 2) - erfcx(hi/sqrt 2) e^{-m width})/2, as (hi^2 - lo^2)/2 = m width;
-    - central (lo <= 0, where the mass is above 0.3): 1 - Q(-lo) - Q(hi).
-    """
-    below, above = (n - 1) - centre, centre - (n + 1)
-    first, last = n <= -top, n >= top
-    is_open = first | last
-    nearer = torch.where(first, above, torch.where(last, below, torch.maximum(below, above)))
-    lo, hi = nearer / spread, -torch.minimum(below, above) / spread
-    middle, width = (n - centre) / spread, 2 / spread
-
-    narrow = ~is_open & (width <= 1) & (middle.abs() * width <= 2)
-    tail = ~narrow & (lo > 0)
-    central = ~narrow & ~tail
-
-    m, d = torch.where(narrow, middle, 0.0), torch.where(narrow, width, 1.0) / 2
-    mean_ratio = sum(
-        weight * torch.exp(-(d * node).square() / 2) * torch.cosh(m * d * node)
-        for node, weight in zip(_NODES, _WEIGHTS, strict=True)
-    )
-    log_narrow = torch.log(2 * d * mean_ratio / _SQRT_2PI) - m.square() / 2
-
-    # hi > 0 in every bin, so nothing overflows in the terms beyond it; only the logarithms need harmless arguments.
-    z = torch.where(tail, lo, 1.0)
-    beyond = torch.special.erfcx(_SQRT_HALF * hi) * torch.exp(-middle.abs() * width)
-    inside = torch.special.erfcx(_SQRT_HALF * z) - torch.where(tail & ~is_open, beyond, 0.0)
-    log_tail = torch.log(inside / 2) - z.square() / 2
-
-    nearer_side = torch.erfc(-_SQRT_HALF * torch.where(central, lo, -1.0))
-    farther_side = torch.where(is_open, 0.0, torch.erfc(_SQRT_HALF * hi))
-    log_central = torch.log1p(-(nearer_side + farther_side) / 2)
-
-    return torch.where(narrow, log_narrow, torch.where(tail, log_tail, log_central))

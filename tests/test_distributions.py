@@ -81,6 +81,52 @@ def test_log_prob_and_gradients_match_arbitrary_precision(levels, ks, dtype):
             assert abs(a - b) <= eps * room + tiny, (name, k, loc, scale, float(a), float(b))
 
 
+HESSIAN_CASES = [
+    (256, 128, 0.0, 0.3),  # narrow, its lower edge at the centre
+    (257, 128, 0.0, 0.3),  # narrow, its middle at the centre
+    (257, 128, 0.0, 1e-3),  # central, its middle at the centre
+    (256, 127, 0.0, 1e-3),  # central, its upper edge at the centre
+    (256, 130, 0.01, 1e-3),  # tail
+    (256, 3, 0.2, 0.05),  # far tail
+    (256, 0, -0.9, 0.2),  # open
+    (256, 255, -0.9, 0.2),  # open, far
+    (3, 1, 0.2, 0.5),  # wide
+]
+
+
+def hessian_by_arbitrary_precision(k, levels, loc, scale):
+    """Central differences of the exact first derivatives, with steps of 1e-30 in 120 digits."""
+    with mpmath.workdps(120):
+        h, loc, scale = mpmath.mpf(10) ** -30, mpmath.mpf(loc), mpmath.mpf(scale)
+        by_loc = [
+            (a - b) / (2 * h) for a, b in zip(*(exact(k, levels, loc + s * h, scale) for s in (1, -1)), strict=True)
+        ]
+        by_scale = [
+            (a - b) / (2 * h) for a, b in zip(*(exact(k, levels, loc, scale + s * h) for s in (1, -1)), strict=True)
+        ]
+        return by_loc[1], by_loc[2], by_scale[2]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func's own
+@pytest.mark.parametrize(("levels", "k", "loc", "scale"), HESSIAN_CASES)
+def test_second_derivatives_match_arbitrary_precision(levels, k, loc, scale):
+    """To 1e-10 of z^4/scale^2, z the number of standard deviations: they are of size z^2/scale^2, and erfcx' cancels."""
+    parameters = torch.tensor([loc, scale], dtype=torch.float64)
+    x = torch.tensor(-1 + 2 * k / (levels - 1), dtype=torch.float64)
+    want = hessian_by_arbitrary_precision(k, levels, loc, scale)
+    by_transform = torch.func.hessian(lambda v: DiscretizedNormal(v[0], v[1], levels, validate_args=False).log_prob(x))
+    by_backward = torch.autograd.functional.hessian(
+        lambda v: DiscretizedNormal(v[0], v[1], levels).log_prob(x), parameters
+    )
+    z = max(1.0, abs(x.item() - loc) / scale)
+    for got in (by_backward, by_transform(parameters)):
+        entries = got[0, 0], got[0, 1], got[1, 1]
+        for a, b in zip(entries, want, strict=True):
+            assert abs(float(a - float(b))) <= 1e-10 * z**4 / scale**2, (entries, want)
+    wrong = hessian_by_arbitrary_precision(k, levels, loc, scale * 1.001)  # negative control
+    assert any(abs(float(a - float(b))) > 1e-10 * z**4 / scale**2 for a, b in zip(entries, wrong, strict=True))
+
+
 def test_the_comparison_above_would_catch_a_wrong_half_width():
     """Negative control: half-widths 1/levels and 1/256 for 256 levels are off by 0.4 %, log p by 0.004."""
     (log_p, *_), loc, scale = evaluate(100, 256, 0.1234, 0.3, torch.float32)

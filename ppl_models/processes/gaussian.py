@@ -81,15 +81,22 @@ class GaussianProcess(nn.Module):
         self.num_timesteps = schedule.num_timesteps
         tables = {name: getattr(schedule, name) for name in _TABLES}
         tables |= {f"sqrt_{name}": tables[name].sqrt() for name in _ROOTS}
-        self.names = tuple(tables)
-        for name, table in tables.items():
-            # entry 0 is NaN: t = 0 is the data, and must not wrap around to step T where nothing is validated
-            self.register_buffer(f"_{name}", torch.cat([table.new_full((1,), torch.nan), table]), persistent=False)
+        self.names: tuple[str, ...] = ()
+        self.tabulate(**tables)
         a, v = tables["alpha_bar"][-1], tables["marginal_variance"][-1]
         log_v = torch.where(a < 0.5, torch.log1p(-a), v.log())
         self.register_buffer("_prior_offset", a + log_v, persistent=False)  # of second order in a: summed in float64
         self.register_buffer("prior_loc", torch.zeros(self.data_shape), persistent=False)
         self.register_buffer("prior_scale", torch.ones(self.data_shape), persistent=False)
+
+    def tabulate(self, **tables: Tensor) -> None:
+        """Adds coefficients by name, float64 ``[T]`` for t = 1..T, that :meth:`coefficient` gathers like the schedule's own."""
+        self.names += tuple(tables)
+        device = next(self.buffers(), torch.empty(0)).device
+        for name, table in tables.items():
+            # entry 0 is NaN: t = 0 is the data, and must not wrap around to step T where nothing is validated
+            padded = torch.cat([table.new_full((1,), torch.nan), table])
+            self.register_buffer(f"_{name}", padded.to(device), persistent=False)
 
     def transition(self, x_previous: Tensor, t: Tensor) -> dist.TorchDistribution:
         """q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I).
@@ -152,7 +159,7 @@ class GaussianProcess(nn.Module):
 
         Args:
             name: a table of :class:`NoiseSchedule`, or ``sqrt_`` before alpha, alpha_bar, alpha_bar_previous, beta,
-                marginal_variance or posterior_variance; all are in ``self.names``.
+                marginal_variance or posterior_variance, or one of :meth:`tabulate`; all are in ``self.names``.
             t: LongTensor in 1..T, broadcasting against the batch of ``like``.
             like: data ``[*batch, *data_shape]``, whose dtype the result takes.
 
