@@ -146,7 +146,8 @@ class GaussianProcess(nn.Module):
 
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || p(x_T)) = (A |x_0|^2 - D (A + log(1 - A))) / 2 with A = alpha-bar_T, ``[*batch]`` nats."""
-        squares = sum_rightmost(x_0.square(), len(self.data_shape))
+        n = len(self.data_shape)
+        squares = torch.linalg.vector_norm(x_0, dim=tuple(range(-n, 0))).square() if n else x_0.square()  # one pass
         level, offset = self._alpha_bar[-1].to(x_0.dtype), self._prior_offset.to(x_0.dtype)
         return 0.5 * (level * squares - self.data_shape.numel() * offset)
 
