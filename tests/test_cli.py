@@ -335,6 +335,26 @@ def test_a_run_finds_its_data_from_any_folder(capsys, files, tmp_path, monkeypat
     assert "6 held-out data of mnist:" in succeed(capsys, "terms", tmp_path / "run", "--particles", "5")
 
 
+def test_a_table_with_a_part_held_out_standardised(tmp_path, capsys):
+    """From a CSV file to samples in its own units: columns of very different sizes, labels in one of them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(80, 2)) * [1e-3, 1e3] + [0.0, 5e4]
+    rows = "".join(f"{float(a)!r},{float(b)!r},{'yes' if a > 0 else 'no'}\n" for a, b in x)
+    (tmp_path / "t.csv").write_text("a,b,kind\n" + rows)
+    options = ["--scaling", "standard", "--test-fraction", "0.25", "--hidden", "4", "--epochs", "3"]
+    run = tmp_path / "run"
+    out = succeed(capsys, "train", "vae", "--data", f"csv:{tmp_path / 't.csv'}@kind", *options, "--out", run)
+    assert "of standardised data: add " in out
+    out = succeed(capsys, "terms", run, "--particles", "10")
+    assert re.search(r"20 held-out data of csv:.*t\.csv@kind, standardised \(add -?\d+\.\d\d nats a datum", out)
+    succeed(capsys, "sample", run, "--out", tmp_path / "draws.npz", "-n", "50")
+    drawn = np.load(tmp_path / "draws.npz")["x"]
+    assert np.all(np.abs(drawn.mean(0) - x.mean(0)) < 5 * x.std(0))  # standardised ones have a mean near 0, not 50,000
+    np.save(tmp_path / "other.npy", x[:7])
+    out = succeed(capsys, "terms", run, "--particles", "10", "--data", f"npz:{tmp_path / 'other.npy'}")
+    assert "7 training data of npz:" in out
+
+
 def test_data_that_changed_since_are_refused(capsys, tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "x.npz", train=rng.integers(0, 2, (6, 5), dtype=np.uint8))
@@ -422,10 +442,13 @@ BAD_CALLS = {
     "another kind of file": ([*TRAIN, "--data", "{folder}/tag.yaml"], r"numpy\.savez\(FILE, train=x\) writes an array"),
     "a folder without its kind": ([*TRAIN, "--data", "{folder}"], "a folder of images is images:"),
     "no kind at all": ([*TRAIN, "--data", "foo:bar"], "got 'foo:bar'"),
-    "an array in place of an archive": (
-        [*TRAIN, "--data", "npz:{folder}/one.npy"],
-        r"one\.npy: a single array, no archive of them; write it with numpy\.savez",
+    "no array": (
+        [*TRAIN, "--data", "npz:{folder}/cut.npy"],
+        r"cut\.npy: header states \[2, 3\] float64, 48 bytes, found 40",
     ),
+    "words in a table": ([*TRAIN, "--data", "csv:{folder}/words.csv"], r"words\.csv: column 'b', row 1: .*got 'x'"),
+    "a held-out part twice": ([*TRAIN, "--data", "digits", "--test-fraction", "0.1"], "digits has a held-out part"),
+    "standardised levels": ([*TRAIN, "--data", "digits", "--scaling", "standard"], "'standard' is for continuous data"),
     "mnist without a folder": ([*TRAIN, "--data", "mnist:"], "data: expected one of digits"),
     "normal of counts": (
         [*TRAIN, "--data", "digits", "--likelihood", "normal"],
@@ -468,7 +491,9 @@ def places(tmp_path, trained):
         (tmp_path / name).write_text("kept")
     (tmp_path / "tag.yaml").write_text("epochs: !!python/object/apply:os.system ['touch pwned']\n")
     np.savez(tmp_path / "plain.npz", train=np.zeros((2, 3)))
-    np.save(tmp_path / "one.npy", np.zeros((2, 3)))
+    np.save(tmp_path / "cut.npy", np.zeros((2, 3)))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-8])
+    (tmp_path / "words.csv").write_text("a,b\n1,x\n")
     return {"run": trained, "folder": tmp_path, "new": tmp_path / "new"}
 
 

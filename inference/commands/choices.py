@@ -8,6 +8,7 @@
     npz:FILE, quantised   bernoulli for two levels, else discretized_normal            16 for images, else 2
       as classes          their number must be stated, as an entry "levels"
     npz:FILE, continuous  must be stated
+    csv:FILE              bernoulli for zeros and ones, else normal, learned scale      2
     text:FILE             categorical, a class a character classes      none            16
     hf:NAME               as images:FOLDER for a column of images, else as npz:FILE
 
@@ -76,7 +77,7 @@ def choose(name: str, options: TrainOptions) -> tuple[TrainOptions, DataSet]:
     scaling = options.scaling or _scaling(spec, likelihood, levels)
     mnist = spec.startswith("mnist:")
     binarization = options.binarization or ("dynamic" if mnist and likelihood == "bernoulli" else "none")
-    data = load_data(spec, scaling=scaling, binarization=binarization)
+    data = load_data(spec, scaling=scaling, binarization=binarization, test_fraction=options.test_fraction)
     known = choices_of(name)
     latent_dim = options.latent_dim
     if "latent_dim" in known and latent_dim is None and "latent_dim" not in options.pair:
@@ -128,7 +129,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _absolute(spec: str) -> str:
     reader, sign, place = spec.partition(":")
-    if reader not in ("mnist", "npz", "images", "text", "hf"):  # of no kind that there is
+    if reader not in ("mnist", "npz", "csv", "images", "text", "hf"):  # of no kind that there is
         return spec
     if reader == "hf" and not Path(place).is_dir():  # a name on the hub
         return spec
@@ -139,7 +140,7 @@ def _levels_and_kind(spec: str, scaling: str | None) -> tuple[int | None, str]:
     """The number of levels (None: continuous) and the kind of data, from the list of data or from the file."""
     rows = {row["spec"].partition(":")[:2]: row for row in list_data()}
     row = rows.get(spec.partition(":")[:2])
-    if row is None or row["kind"] in (None, "text"):
+    if row is None or row["kind"] in (None, "text") or spec.startswith("csv:"):
         data = load_data(spec, scaling=scaling)  # of what is no data, this says so
         return data.levels, data.kind
     return row["levels"], row["kind"]
@@ -158,7 +159,7 @@ def _likelihood_of_system(name: str, levels: int | None) -> str | None:
 def _likelihood(spec: str, levels: int | None, kind: str) -> str:
     if kind == "text":
         return "categorical"
-    if spec in TOY_DENSITIES:
+    if spec in TOY_DENSITIES or (spec.startswith("csv:") and levels is None):
         return "normal"
     if levels is None:
         raise ConfigError(

@@ -11,6 +11,7 @@ def data() -> None:
     """List the data sets that --data takes.
 
     Values are counts until a scaling is stated: unit makes them k / (K - 1) in 0..1, symmetric -1 .. 1, classes indices.
+    Continuous values stay as they are, or with scaling standard are taken less their mean, in standard deviations.
     """
     from inference.training.datasets import list_data
     from inference.views.tables import text_table

@@ -145,7 +145,12 @@ def sample(
     check_options(pair, steps, eta, clip, film)
     drawn = draw(pair, num, steps, eta, clip, seed)
     if suffix == ".npz":
-        _write_arrays(out, {"x": drawn.draws} | ({} if drawn.means is None else {"mean": drawn.means}), force=force)
+        import torch
+
+        arrays = {"x": drawn.draws} | ({} if drawn.means is None else {"mean": drawn.means})
+        _write_arrays(
+            out, {name: opened.in_own_units(torch.as_tensor(x)).numpy() for name, x in arrays.items()}, force=force
+        )
     else:
         from inference.views.figures import draw_samples, save_figure
         from inference.views.report import shown_range

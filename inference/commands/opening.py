@@ -13,6 +13,7 @@ from inference.training.inputs import fingerprint
 from inference.training.items import first_entry, num_items
 from inference.training.runs import Run, load_run
 from inference.training.scaling import binarize_fixed
+from inference.training.standardizing import Standardization
 from inference.views.bounds import has_point_guide
 from ppl_models.diffusion import Diffusion
 from ppl_models.pair import ModelGuidePair
@@ -66,7 +67,14 @@ def open_run(folder: Path, spec: str | None = None, num_data: int | None = None)
     run.pair.check_data(x, "test" if held_out else "train")
     part = "held-out" if held_out else "training"
     words = f"{total if count == total else f'the first {count} of {total}'} {part} data of {data.name}"
+    if data.standardization is not None:
+        words += f", standardised ({offset_in_words(data.standardization)})"
     return Opened(run, folder, x, None if labels is None else labels[:count], words)
+
+
+def offset_in_words(standardization: Standardization) -> str:
+    """How log-densities of standardised data become those of the data in their own units."""
+    return f"add {standardization.log_density_offset:.2f} nats a datum for densities in the data's own units"
 
 
 def check_draws(pair: ModelGuidePair, purpose: str, of_a_diffusion: str) -> None:
@@ -105,6 +113,7 @@ def _data(run: Run, spec: str | None) -> DataSet:
             scaling=stated["scaling"],
             binarization=stated["binarization"],
             alphabet=stated.get("alphabet"),
+            standardization=run.standardization,
         )
     data = run.data()
     if fingerprint(data) != stated["sha256"]:

@@ -32,8 +32,13 @@ class TrainOptions(TrainConfig):
     likelihood: Literal["bernoulli", "normal", "categorical", "discretized_normal"] | None = Field(
         None, description="law of x given z"
     )
-    scaling: Literal["none", "unit", "symmetric", "classes"] | None = Field(
-        None, description="numbers that grey levels become: counts, in 0..1, in -1..1, or class indices"
+    scaling: Literal["none", "unit", "symmetric", "classes", "standard"] | None = Field(
+        None,
+        description="numbers that grey levels become: counts, in 0..1, in -1..1, or class indices; standard: continuous data "
+        "less their mean, in standard deviations",
+    )
+    test_fraction: float | None = Field(
+        None, gt=0, lt=1, description="part of the data to hold out, where they have no held-out part"
     )
     binarization: Literal["none", "dynamic", "fixed"] | None = Field(
         None, description="grey values read as probabilities of 0 or 1: drawn anew at each use, or once"

@@ -54,6 +54,7 @@ def train(
     binarization: Annotated[
         str | None, _option("binarization", "NAME", PAIR, default="none; dynamic for mnist under bernoulli")
     ] = None,
+    test_fraction: Annotated[float | None, _option("test_fraction", "PART", RUN)] = None,
     latent_dim: Annotated[int | None, _option("latent_dim", "D", PAIR, default="16 for images, 2 for points")] = None,
     hidden: Annotated[str | None, _option("hidden", "W1,W2,...", PAIR, default="the system's: 200,200 or 256")] = None,
     activation: Annotated[str | None, _option("activation", "NAME", PAIR, default="tanh")] = None,
@@ -100,6 +101,7 @@ def train(
         "likelihood": likelihood,
         "scaling": scaling,
         "binarization": binarization,
+        "test_fraction": test_fraction,
         "latent_dim": latent_dim,
         "hidden": hidden,
         "activation": activation,
@@ -132,6 +134,7 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool = False) -> None:
     """Trains, with the resolved configuration printed before and the final bound after."""
     from inference.commands.choices import build_pair, choose
+    from inference.commands.opening import offset_in_words
     from inference.training.loop import fit
     from inference.views.report import kept_epoch
     from ppl_models.registry import system as known_system
@@ -152,5 +155,6 @@ def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool 
         f"\nELBO on {run.config['validation']}: {row['validation_elbo']:.2f} +- {row['validation_std_error']:.2f} nats "
         f"({row['validation_bits_per_dim']:.3f} bits/dim) at epoch {row['epoch']:.0f} = "
         f"-(rate {row['validation_rate']:.2f} + distortion {row['validation_distortion']:.2f}){units}\n"
+        f"{'' if run.standardization is None else f'of standardised data: {offset_in_words(run.standardization)}{chr(10)}'}"
         f"the run is in {out}; look at it: ppl report {out}"
     )

@@ -1,27 +1,22 @@
-"""Data for training: a `DataSet` states what its numbers are, and every one that exists has been checked.
+"""Data for training, by name or from what a caller has at hand, as a `DataSet`.
 
 Shapes are [N, *data_shape]. Scaling and binarisation (see `scaling`) are part of a likelihood's validity: they are
-stated, kept in the data set, recorded in a run by `describe`, and never guessed. Held-out data are for evaluation, so
-their binarisation is drawn once, with a fixed seed, under "dynamic" as under "fixed": the bound on them is the same
-number each time. Training data stay grey under "dynamic", and are to be passed through `binarize` at each use (which
-leaves zeros and ones as they are).
-
-The one constraint: data in memory are checked whole before the first step; a `Dataset` that is read at each use is
-checked item by item as it is read, its first items at once.
+stated, kept in the data set, recorded in a run by `describe`, and never guessed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset
 
 from inference.training.batches import epoch_order, iterate, num_batches
+from inference.training.data_set import DataSet
 from inference.training.densities import TOY_DENSITIES, log_density
+from inference.training.held_out import with_held_out
 from inference.training.hugging_face import read_hugging_face
 from inference.training.items import FIRST_ITEMS, Items, first_entry, num_items
 from inference.training.scaling import (
@@ -31,12 +26,13 @@ from inference.training.scaling import (
     binarize,
     binarize_fixed,
     check_data,
-    check_scaled,
     refuse_unscaled,
     scale,
     to_tensor,
 )
 from inference.training.sources import Source, read_digits, read_images, read_mnist, read_npz, read_toy
+from inference.training.standardizing import Standardization
+from inference.training.tables import read_csv
 from inference.training.text_data import WINDOW, read_text
 
 __all__ = [
@@ -57,104 +53,7 @@ __all__ = [
     "num_batches",
 ]
 
-KINDS = ("image", "point", "text")
 _SPLIT_SEEDS = {"train": 0, "test": 1}
-
-
-@dataclass(frozen=True, eq=False)
-class DataSet:
-    """Training and held-out data with the statement of what their numbers are.
-
-    Args:
-        name: where they come from, such as "digits" or "tensor".
-        train: Tensor [N, *data_shape], scaled as stated; or a map-style Dataset of such data where memory is too small.
-        test: the held-out part, of the same layout, or None.
-        train_labels: LongTensor [N], or None.
-        test_labels: LongTensor, or None.
-        levels: the number of levels of quantised data (of the grey values, before any binarisation); None: continuous.
-        scaling: one of `SCALINGS`.
-        binarization: one of `BINARIZATIONS`; "dynamic": `train` holds probabilities, to be passed through `binarize`.
-        kind: one of `KINDS`.
-        split: how the held-out part came about, in words.
-        alphabet: of text, the character of each class in one string; None for all else.
-
-    Raises:
-        DataError: values, shapes or labels that are not what the rest states.
-    """
-
-    name: str
-    train: Tensor | Dataset
-    test: Tensor | Dataset | None = None
-    train_labels: Tensor | None = None
-    test_labels: Tensor | None = None
-    levels: int | None = None
-    scaling: str = "none"
-    binarization: str = "none"
-    kind: str = "point"
-    split: str = "as given"
-    alphabet: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_choice("scaling", self.scaling, SCALINGS)
-        _check_choice("binarization", self.binarization, BINARIZATIONS)
-        _check_choice("kind", self.kind, KINDS)
-        characters = None if self.alphabet is None else len(self.alphabet)
-        if (self.kind == "text") != (characters is not None) or characters not in (None, self.levels):
-            raise DataError(
-                f"alphabet: expected as many characters as levels ({self.levels}) with kind 'text' and only there, got "
-                f"{self.alphabet!r:.40} with {self.kind!r}; state both"
-            )
-        if self.binarization != "none" and self.scaling != "unit":
-            raise DataError(
-                f"binarization {self.binarization!r} reads values as probabilities and needs scaling 'unit', "
-                f"got {self.scaling!r}; state scaling='unit'"
-            )
-        for name, x, labels in (("train", self.train, self.train_labels), ("test", self.test, self.test_labels)):
-            if isinstance(x, Tensor):
-                check_data(x, name, None if name == "train" else tuple(self.data_shape))
-                binary = self.binarization == "fixed" or (self.binarization == "dynamic" and name == "test")
-                check_scaled(x, name, levels=2 if binary else self.levels, scaling=self.scaling)
-            elif x is not None and (shape := first_entry(x[0]).shape) != self.data_shape:
-                raise DataError(
-                    f"{name}: expected data of shape {list(self.data_shape)}, got {list(shape)}; reshape them"
-                )
-            if labels is not None:
-                _check_labels(labels, f"{name}_labels", 0 if x is None else num_items(x))
-
-    @property
-    def data_shape(self) -> torch.Size:
-        """The shape of one datum."""
-        return self.train.shape[1:] if isinstance(self.train, Tensor) else first_entry(self.train[0]).shape
-
-    @property
-    def num_train(self) -> int:
-        """The number of training data."""
-        return num_items(self.train)
-
-    @property
-    def num_test(self) -> int:
-        """The number of held-out data, 0 where there are none."""
-        return 0 if self.test is None else num_items(self.test)
-
-    def describe(self) -> dict[str, Any]:
-        """What a run records of its data: plain numbers, strings and lists, ready for JSON.
-
-        >>> load_data("digits", scaling="unit").describe()["data_shape"]
-        [8, 8]
-        """
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "data_shape": list(self.data_shape),
-            "num_train": self.num_train,
-            "num_test": self.num_test,
-            "split": self.split,
-            "levels": self.levels,
-            "scaling": self.scaling,
-            "binarization": self.binarization,
-            "labels": self.train_labels is not None,
-            **({} if self.alphabet is None else {"alphabet": self.alphabet}),
-        }
 
 
 def load_data(
@@ -164,19 +63,25 @@ def load_data(
     binarization: str | None = None,
     image_size: int | None = None,
     alphabet: str | None = None,
+    test_fraction: float | None = None,
+    standardization: Standardization | None = None,
 ) -> DataSet:
     """Data by name.
 
     Args:
-        spec: one of `list_data()`: "digits", a toy density, "mnist:FOLDER", "npz:FILE", "images:FOLDER", "text:FILE" or
-            "text:FILE@L", in windows of L characters, "hf:NAME" or "hf:NAME@CONFIG".
+        spec: one of `list_data()`: "digits", a toy density, "mnist:FOLDER", "npz:FILE", "csv:FILE" or "csv:FILE@COLUMN",
+            with labels in that column, "images:FOLDER", "text:FILE" or "text:FILE@L", in windows of L characters, "hf:NAME" or
+            "hf:NAME@CONFIG".
         scaling: of quantised data; None: "none", counts 0..levels-1 as floating point numbers. Continuous data are
-            never changed: "none" for toy densities; for floats in an npz file a statement that is checked, as in
-            `as_dataset`. Characters are "classes". Integers of an npz file are classes only where it states "levels", or
-            where they are zeros and ones.
+            changed by "standard" alone: else it is "none" for toy densities, and for floats in a file a statement that is
+            checked, as in `as_dataset`. Characters are "classes". Integers of an npz file are classes only where it states
+            "levels", or where they are zeros and ones.
         binarization: one of `BINARIZATIONS`, None: "none"; needs scaling "unit".
         image_size: side in pixels, for "images:FOLDER" only.
         alphabet: whose classes are meant, for "text:FILE" only; None: the text's own.
+        test_fraction: of the data to hold out by a permutation with seed 0, in (0, 1), of data that have no held-out part.
+        standardization: whose statistics are meant, with scaling "standard" only, for data beside those that a model was
+            trained on; None: the training part's own.
 
     Returns:
         DataSet with floating point data in torch's default dtype (int64 for "classes").
@@ -192,6 +97,7 @@ def load_data(
     readers: dict[str, Callable[[Path], Source]] = {
         "mnist": read_mnist,
         "npz": read_npz,
+        "csv": read_csv,
         "images": lambda folder: read_images(folder, image_size),
         "text": lambda file: read_text(file, alphabet),
         "hf": lambda place: read_hugging_face(str(place)),
@@ -204,8 +110,8 @@ def load_data(
         source = read_digits()
     elif spec in TOY_DENSITIES:
         source = read_toy(spec)
-        if scaling not in (None, "none"):
-            raise DataError(f"{spec}: continuous data have scaling 'none', got {scaling!r}; leave it out")
+        if scaling not in (None, "none", "standard"):
+            raise DataError(f"{spec}: continuous data have scaling 'none' or 'standard', got {scaling!r}; leave it out")
     elif reader in readers and place:
         source = readers[reader](Path(place))
     else:
@@ -220,7 +126,11 @@ def load_data(
         scaling = "classes"
     if scaling is None and source.levels is not None:
         scaling = "none"
-    return _state(source, scaling, binarization)
+    if test_fraction is not None:
+        if source.test is not None:
+            raise DataError(f"test_fraction: {spec} has a held-out part ({source.split}); leave it out")
+        source = with_held_out(source, test_fraction)
+    return _state(source, scaling, binarization, test_fraction, standardization)
 
 
 def as_dataset(
@@ -239,7 +149,8 @@ def as_dataset(
             one; a `DataSet`, which is returned; or a string, for `load_data`.
         test: the held-out part, a Tensor, ndarray or Dataset.
         scaling: states what the values are. Integers are counts, converted to it; floating point numbers are already
-            so, and are checked. None: "none", refused where the values look like unscaled pixel counts or classes.
+            so, and are checked; "standard" alone changes them (see `standardizing`). None: "none", refused where the
+            values look like unscaled pixel counts or classes.
         binarization: one of `BINARIZATIONS`, None: "none"; needs scaling "unit".
         levels: the number of levels of quantised data; None: continuous data.
         test_fraction: of the data to hold out by a permutation with seed 0, in (0, 1), instead of `test`.
@@ -267,13 +178,12 @@ def as_dataset(
     train = _tensor_or_dataset(data, "train")
     name = "tensor" if isinstance(train, Tensor) else type(train).__name__
     held_out = None if test is None else _tensor_or_dataset(test, "test")
-    split = "as given"
+    source = Source(name, train, held_out, levels, "as given")
     if test_fraction is not None:
         if held_out is not None:
             raise DataError("test and test_fraction: expected one of them, got both; leave one out")
-        train, held_out = _split(train, test_fraction)
-        split = f"seed-0 permutation, {num_items(train)}/{num_items(held_out)}"
-    return _state(Source(name, train, held_out, levels, split), scaling, binarization)
+        source = with_held_out(source, test_fraction)
+    return _state(source, scaling, binarization, test_fraction)
 
 
 def list_data() -> list[dict[str, Any]]:
@@ -288,6 +198,7 @@ def list_data() -> list[dict[str, Any]]:
     toys = [(name, toy.formula, "point", [2], 8000, 2000, None) for name, toy in TOY_DENSITIES.items()]
     folder = "png and jpg files, or train/ and test/ with them (needs ppl-models[images])"
     arrays = "numpy arrays: train; optionally test, train_labels, test_labels, levels"
+    table = "a table of numbers, names in its first line; labels in a column of csv:FILE@COLUMN"
     text = f"the characters of a UTF-8 text, in windows of {WINDOW}; of L with text:FILE@L"
     hub = "a data set of the Hugging Face hub; a configuration of it with hf:NAME@CONFIG (needs ppl-models[hf])"
     entries = [
@@ -303,6 +214,7 @@ def list_data() -> list[dict[str, Any]]:
             256,
         ),
         ("npz:FILE", arrays, None, None, None, None, None),
+        ("csv:FILE", table, "point", None, None, None, None),
         ("images:FOLDER", folder, "image", None, None, None, 256),
         ("text:FILE", text, "text", None, None, None, None),
         ("hf:NAME", hub, None, None, None, None, None),
@@ -311,12 +223,20 @@ def list_data() -> list[dict[str, Any]]:
     for row in rows:
         continuous = row["kind"] == "point"
         characters = row["kind"] == "text"
-        row["scaling"] = ["classes"] if characters else ["none"] if continuous else list(SCALINGS)
+        of_levels = [name for name in SCALINGS if name != "standard"]
+        known = of_levels if row["levels"] is not None else list(SCALINGS)
+        row["scaling"] = ["classes"] if characters else ["none", "standard"] if continuous else known
         row["binarization"] = ["none"] if continuous or characters else list(BINARIZATIONS)
     return rows
 
 
-def _state(source: Source, scaling: str | None, binarization: str | None) -> DataSet:
+def _state(
+    source: Source,
+    scaling: str | None,
+    binarization: str | None,
+    test_fraction: float | None = None,
+    standardization: Standardization | None = None,
+) -> DataSet:
     """The source's values under the stated scaling and binarisation; unstated is "none", where that is plausible."""
     stated, drawn = "none" if scaling is None else scaling, "none" if binarization is None else binarization
     if stated == "classes" and source.levels_assumed:
@@ -325,8 +245,14 @@ def _state(source: Source, scaling: str | None, binarization: str | None) -> Dat
             f"{source.name}: expected the number of classes to be stated, got integers up to {_largest(source)} without "
             f"it; {remedy} an entry 'levels', {_largest(source) + 1} or more"
         )
+    if (standardization is not None) > (stated == "standard"):
+        raise DataError(f"standardization: expected only with scaling 'standard', got it with {stated!r}; leave it out")
+    if stated == "standard" and standardization is None:
+        standardization = Standardization.of(_continuous(source.train, "train", source.levels))
 
     def part(x: Tensor | Dataset, name: str) -> Tensor | Dataset:
+        if standardization is not None:
+            return standardization(_continuous(x, name, source.levels))
         binary = stated == "unit" and (drawn == "fixed" or (drawn == "dynamic" and name == "test"))
         seed = _SPLIT_SEEDS[name] if binary else None
         result: Tensor | Dataset
@@ -353,7 +279,21 @@ def _state(source: Source, scaling: str | None, binarization: str | None) -> Dat
         kind="text" if source.alphabet is not None else "image" if dims >= 2 else "point",
         split=source.split,
         alphabet=source.alphabet,
+        standardization=standardization,
+        test_fraction=test_fraction,
     )
+
+
+def _continuous(x: Tensor | Dataset, name: str, levels: int | None) -> Tensor:
+    """Continuous data in memory, which alone can be standardised."""
+    if levels is not None or not isinstance(x, Tensor):
+        got = f"data of {levels} levels" if levels is not None else "a Dataset that is read at each use"
+        raise DataError(
+            f"{name}: scaling 'standard' is for continuous data in memory, got {got}; levels take 'symmetric' or 'unit'"
+        )
+    x = scale(x, name, levels=None, scaling="none")
+    check_data(x, name)
+    return x
 
 
 def _meant(spec: str) -> str:
@@ -361,7 +301,7 @@ def _meant(spec: str) -> str:
     path = Path(spec).expanduser()
     if path.is_dir():
         return f"a folder of images is images:{spec}, one of idx files mnist:{spec}; "
-    kind = {".npz": "npz", ".txt": "text"}.get(path.suffix.lower())
+    kind = {".npz": "npz", ".npy": "npz", ".csv": "csv", ".tsv": "csv", ".txt": "text"}.get(path.suffix.lower())
     if path.is_file() and kind:
         return f"did you mean {kind}:{spec}? "
     return "numpy.savez(FILE, train=x) writes an array as npz:FILE; " if path.is_file() else ""
@@ -383,35 +323,8 @@ def _tensor_or_dataset(x: Any, name: str) -> Tensor | Dataset:
     )
 
 
-def _split(data: Tensor | Dataset, fraction: float) -> tuple[Tensor | Dataset, Tensor | Dataset]:
-    num_test = round(fraction * num_items(data))
-    if not (0 < fraction < 1 and 0 < num_test < num_items(data)):
-        raise DataError(
-            f"test_fraction: expected a number in (0, 1) that leaves some of {num_items(data)} data on both sides, "
-            f"got {fraction}; choose another"
-        )
-    order = torch.from_numpy(np.random.default_rng(0).permutation(num_items(data)))
-    train, test = order[num_test:], order[:num_test]
-    if isinstance(data, Tensor):
-        return data[train.to(data.device)], data[test.to(data.device)]
-    return Subset(data, train.tolist()), Subset(data, test.tolist())
-
-
 def _first_rows(x: Tensor | Dataset, name: str) -> Tensor:
     """All of a tensor; of a Dataset its first items' values in one row."""
     if isinstance(x, Tensor):
         return x
     return torch.cat([first_entry(x[i], f"{name} item {i}").flatten() for i in range(min(num_items(x), FIRST_ITEMS))])
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise DataError(f"{name}: expected one of {', '.join(choices)}, got {value!r}; state one of these")
-
-
-def _check_labels(labels: Tensor, name: str, num: int) -> None:
-    if labels.dtype != torch.int64 or labels.shape != (num,):
-        raise DataError(
-            f"{name}: expected one int64 label a datum, shape [{num}], got {labels.dtype} {list(labels.shape)}; "
-            "correct them"
-        )

@@ -57,8 +57,8 @@ def fit(
             said in a logged warning.
         progress: show epochs on stderr.
         spec: what ``data`` was read from, so that the run can read it again; known when ``data`` is a name.
-        scaling: of a tensor, an array or a Dataset: "none" (as they are), "unit", "symmetric" or "classes"; integers are
-            classes by themselves where the pair's likelihood is over classes.
+        scaling: of a tensor, an array or a Dataset: "none" (as they are), "unit", "symmetric", "classes" or "standard";
+            integers are classes by themselves where the pair's likelihood is over classes.
         binarization: of data in [0, 1]: "none", "dynamic" or "fixed".
         levels: number of levels of integer data.
         options: fields of :class:`TrainConfig`.

@@ -26,6 +26,7 @@ from inference.training.checkpoints import CheckpointError, latest_checkpoint
 from inference.training.datasets import DataSet, load_data
 from inference.training.divergence import first_bad_parameter
 from inference.training.metrics import read_metrics
+from inference.training.standardizing import Standardization
 from inference.training.storage import StorageError, make_folder, read_bytes, sha256, write_atomic
 from inference.training.texts import ContentError, read_json, read_yaml, write_json
 from ppl_models.pair import ModelGuidePair
@@ -65,7 +66,23 @@ class Run:
             raise RunError(
                 "this run was trained on data in memory: pass the data themselves, as in run.pair and your tensor"
             )
-        return load_data(stated["spec"], scaling=stated["scaling"], binarization=stated["binarization"])
+        return load_data(
+            stated["spec"],
+            scaling=stated["scaling"],
+            binarization=stated["binarization"],
+            test_fraction=stated.get("test_fraction"),
+        )
+
+    def in_own_units(self, x: Tensor) -> Tensor:
+        """Values of standardised data, such as samples, in the units that the data came in; other values as they are."""
+        standardization = self.standardization
+        return x if standardization is None else standardization.inverse(x)
+
+    @property
+    def standardization(self) -> Standardization | None:
+        """What was done to the data with scaling "standard"; None otherwise."""
+        stated = self.config["data"].get("standardization")
+        return None if stated is None else Standardization.from_description(stated)
 
 
 def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:

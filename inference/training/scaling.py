@@ -8,6 +8,8 @@ says on which grid they reach the likelihood:
     "symmetric"  (2k - (K - 1)) / (K - 1) = -1 + 2k / (K - 1)    in [-1, 1], the grid of a discretised normal
     "classes"    k              as int64, for a categorical likelihood
 
+Continuous data have "none", the values as they are, or "standard", see `standardizing`.
+
 A likelihood is valid on one of them only, so nothing here guesses. Convention: **integers are counts, and are
 converted; floating point numbers are already scaled as stated, and are checked.** Binarisation reads a grey value in
 [0, 1] as a probability: $x \sim \mathrm{Bernoulli}(x)$, once ("fixed") or anew at each use ("dynamic"; Burda, Grosse
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SCALINGS = ("none", "unit", "symmetric", "classes")
+SCALINGS = ("none", "unit", "symmetric", "classes", "standard")
 BINARIZATIONS = ("none", "dynamic", "fixed")
 COUNT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 RANGES = {"unit": (0.0, 1.0), "symmetric": (-1.0, 1.0)}
@@ -123,6 +125,10 @@ def grid(levels: int, scaling: str, dtype: torch.dtype | None = None) -> Tensor:
     """
     if scaling not in SCALINGS:
         raise DataError(f"scaling: expected one of {', '.join(SCALINGS)}, got {scaling!r}; state one of these")
+    if scaling == "standard":
+        raise DataError(
+            f"scaling: 'standard' is for continuous data, got data of {levels} levels; use 'symmetric' or 'unit'"
+        )
     if levels < 2:
         raise DataError(f"levels: expected the number of grey levels or classes, at least 2, got {levels}")
     k = torch.arange(levels, dtype=torch.float64)
@@ -229,7 +235,8 @@ def refuse_unscaled(x: Tensor, name: str) -> None:
         raise DataError(
             f"{_entry(name, x, _first_index(above))}: the data look like unscaled counts such as pixels in 0..255; "
             "state scaling='unit' or 'symmetric' and levels=256 to have integers scaled, scaling='none' to keep them, "
-            "scaling='classes' and levels=K (or, for a categorical likelihood, pass x.long()) if they are K classes"
+            "'standard' to standardise them, scaling='classes' and levels=K (or, for a categorical likelihood, pass "
+            "x.long()) if they are K classes"
         )
 
 

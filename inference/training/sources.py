@@ -141,11 +141,12 @@ def _idx_path(folder: Path, name: str) -> Path:
 
 
 def read_npz(path: Path) -> Source:
-    """A numpy archive of plain arrays, never unpickled.
+    """A numpy archive of plain arrays, or one .npy array, never unpickled.
 
     Args:
-        path: an .npz with `train` (or `x`, or one array of any name); optionally `test`, `train_labels`, `test_labels`,
-            and `levels`, one integer. Other arrays are checked like these and not used.
+        path: an .npy, which is all for training; or an .npz with `train` (or `x`, or one array of any name); optionally
+            `test`, `train_labels`, `test_labels`, and `levels`, one integer. Other arrays are checked like these and not
+            used.
 
     Returns:
         Source with integers as counts (levels: as stored, else 2 for zeros and ones, else 256, which is then marked as
@@ -188,9 +189,12 @@ def read_npz(path: Path) -> Source:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     arrays = {}
-    if path.suffix == ".npy" and path.is_file():
-        raise DataError(f"{path}: a single array, no archive of them; write it with numpy.savez(FILE, train=x)")
     try:
+        if path.suffix == ".npy":
+            with path.open("rb") as file:
+                _check_header(file, path.stat().st_size, str(path))
+                file.seek(0)
+                return {"train": np.lib.format.read_array(file, allow_pickle=False)}
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 name = info.filename
@@ -209,7 +213,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise
     except (OSError, EOFError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
-            f"{path}: cannot be read ({error}); expected an archive from numpy.savez, write it anew"
+            f"{path}: cannot be read ({error}); expected an archive from numpy.savez or an array from numpy.save, write it anew"
         ) from error
     return arrays
 

@@ -94,7 +94,7 @@ def test_toy_densities_are_points_of_fixed_draws(name: str) -> None:
     assert (data.data_shape, data.num_train, data.num_test, data.levels) == ((2,), 8000, 2000, None)
     assert (data.kind, data.scaling, data.binarization) == ("point", "none", "none")
     assert torch.equal(tensor(data.train), tensor(again.train))
-    with pytest.raises(DataError, match=f"{name}: continuous data have scaling 'none', got 'unit'"):
+    with pytest.raises(DataError, match=f"{name}: continuous data have scaling 'none' or 'standard', got 'unit'"):
         load_data(name, scaling="unit")
 
 
@@ -151,7 +151,9 @@ def test_unknown_names_are_refused_with_what_there_is() -> None:
             DataError, match=r"expected one of digits, two_moons, .*images:FOLDER, text:FILE, hf:NAME, got"
         ):
             load_data(spec)
-    with pytest.raises(DataError, match="scaling: expected one of none, unit, symmetric, classes, got 'tanh'"):
+    with pytest.raises(
+        DataError, match="scaling: expected one of none, unit, symmetric, classes, standard, got 'tanh'"
+    ):
         load_data("digits", scaling="tanh")
     with pytest.raises(DataError, match="binarization: expected one of none, dynamic, fixed, got 'often'"):
         load_data("digits", scaling="unit", binarization="often")

@@ -1,0 +1,90 @@
+r"""Standardised data: each dimension less its training mean, in units of its training standard deviation.
+
+    y_i = (x_i - center_i) / spread_i,        log p(x) = log p(y) - sum_i log spread_i
+
+A program of y is a program of x by this change of variables: bounds and evidence of y are those of x but for one constant,
+`Standardization.log_density_offset`, which is added by whoever compares densities in the data's own units.
+
+The one constraint: the statistics are those of the training part, made once and recorded with a run; held-out data, and other
+data looked at with that run, are standardised by the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.training.scaling import DataError
+
+__all__ = ["Standardization"]
+
+
+@dataclass(frozen=True, eq=False)
+class Standardization:
+    """The change of variables: ``center`` and ``spread`` > 0, float64 of the shape of one datum.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 100.0], [2.0, 300.0]])
+        >>> own = Standardization.of(x)
+        >>> own(x).tolist(), bool((own.inverse(own(x)) == x).all())
+        ([[-1.0, -1.0], [1.0, 1.0]], True)
+        >>> round(own.log_density_offset, 4)  # -log 1 - log 100
+        -4.6052
+    """
+
+    center: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, train: Tensor) -> Standardization:
+        """The training data's own, ``[N, *data_shape]``, N >= 2.
+
+        Raises:
+            DataError: a dimension that does not vary, by its index.
+        """
+        x = train.detach().double()
+        center, spread = x.mean(0), x.std(0, correction=0)
+        flat = (x.amax(0) == x.amin(0)).nonzero()
+        if len(flat):
+            place = f" in dimension {[int(i) for i in flat[0]]}" if flat.shape[1] else ""
+            raise DataError(
+                f"train: expected values that vary with scaling 'standard', got the same in all {len(x)} data{place}; leave "
+                f"{'it' if len(flat) == 1 else f'these {len(flat)} dimensions'} out"
+            )
+        return cls(center.cpu(), spread.cpu())
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Standardization:
+        """The inverse of :meth:`describe`."""
+        return cls(*(torch.tensor(description[name], dtype=torch.float64) for name in ("center", "spread")))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Data in their own units ``[*batch, *data_shape]`` -> standardised, in the same dtype.
+
+        Raises:
+            DataError: data of another shape.
+        """
+        n = self.center.dim()
+        if x.dim() < n or x.shape[x.dim() - n :] != self.center.shape:
+            raise DataError(
+                f"expected data of shape [..., {', '.join(map(str, self.center.shape))}] as were standardised, got "
+                f"{list(x.shape)}; reshape them"
+            )
+        return ((x.double() - self.center.to(x.device)) / self.spread.to(x.device)).to(x.dtype)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Standardised data -> in their own units, in the same dtype."""
+        return (y.double() * self.spread.to(y.device) + self.center.to(y.device)).to(y.dtype)
+
+    @property
+    def log_density_offset(self) -> float:
+        """-sum_i log spread_i, nats: log p(x) of a datum in its own units less log p(y) of the standardised one."""
+        return -float(self.spread.log().sum())
+
+    def describe(self) -> dict[str, Any]:
+        """Plain numbers, for a run's record."""
+        return {"center": self.center.tolist(), "spread": self.spread.tolist()}

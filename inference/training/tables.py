@@ -1,0 +1,110 @@
+"""Tables as data: a CSV file of numbers, a row a datum.
+
+    csv:FILE            every column is a dimension
+    csv:FILE@COLUMN     as before, but COLUMN holds each row's label: any words, numbered in sorted order
+
+The first line names the columns; commas, semicolons or tabs stand between them. Zeros and ones throughout are binary data of
+two levels; everything else, whole numbers included, is continuous, for a table cannot say how many levels there are.
+
+The one constraint: nothing is guessed or filled in. A cell that is empty or no finite number is refused, by its column and
+row; rows count from 1 below the names.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inference.training.scaling import DataError, to_tensor
+from inference.training.sources import Source
+
+
+def read_csv(place: Path) -> Source:
+    """A CSV file as data ``[N, columns]``.
+
+    Args:
+        place: FILE, or FILE@COLUMN.
+
+    Returns:
+        Source of floats, or of uint8 zeros and ones with 2 levels; with labels if a column of them is named.
+
+    Raises:
+        DataError: no such file or column, no rows, names that are missing or repeat, a row of another length, a cell that is
+            empty or no finite number.
+    """
+    path, label = _path_and_label(str(place))
+    names, rows = _read(path)
+    labels: Tensor | None = None
+    if label is not None:
+        if label not in names:
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise DataError(f"{path}: expected a column {label!r} of labels, found {shown}; correct the name")
+        at = names.index(label)
+        labels = torch.from_numpy(np.unique([row.pop(at) for row in rows], return_inverse=True)[1]).long()
+        names.pop(at)
+    if not names:
+        raise DataError(f"{path}: expected columns of numbers beside the labels, found none; add some")
+    values = np.array([[_number(cell, path, names[j], i) for j, cell in enumerate(row)] for i, row in enumerate(rows)])
+    binary = bool(((values == 0) | (values == 1)).all())
+    train = to_tensor(values.astype(np.uint8) if binary else values)
+    return Source(f"csv:{place}", train, None, 2 if binary else None, "as in the file", labels)
+
+
+def _path_and_label(place: str) -> tuple[Path, str | None]:
+    path, sign, label = place.rpartition("@")
+    return (Path(path), label) if sign and not Path(place).is_file() else (Path(place), None)
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The names in the first line, and the cells below, of as many in each row."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); expected a UTF-8 table with a first line of names"
+        ) from error
+    head = text.partition("\n")[0]
+    between = max(",;\t", key=head.count)  # the first of them where none is there: a single column
+    try:
+        lines = [[cell.strip() for cell in line] for line in csv.reader(text.splitlines(), delimiter=between) if line]
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read as a table ({error}); expected comma-separated values") from error
+    if len(lines) < 2:
+        raise DataError(
+            f"{path}: expected a first line of names and rows of numbers, found {len(lines)} lines; add rows"
+        )
+    names, *rows = lines
+    repeated = [name for j, name in enumerate(names) if name in names[:j]]
+    if repeated or "" in names or all(_is_number(name) for name in names):
+        found = f"{repeated[0]!r} twice" if repeated else "an empty name" if "" in names else f"numbers: {head[:40]}"
+        raise DataError(f"{path}: expected a name for each column in the first line, found {found}; put names there")
+    for i, row in enumerate(rows):
+        if len(row) != len(names):
+            raise DataError(
+                f"{path}: row {i + 1}: expected {len(names)} cells as there are names, got {len(row)}; mend it"
+            )
+    return names, rows
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(cell: str, path: Path, name: str, row: int) -> float:
+    number = float(cell) if _is_number(cell) else math.nan
+    if not math.isfinite(number):
+        got = repr(cell[:40]) if cell else "nothing"
+        raise DataError(
+            f"{path}: column {name!r}, row {row + 1}: expected a finite number, got {got}; repair or drop the row, leave the "
+            f"column out, or name it as the rows' labels with csv:{path.name}@{name}"
+        )
+    return number

@@ -1,0 +1,93 @@
+"""CSV files: what is in them comes back value for value; what is no table of numbers is refused by column and row."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from inference.training.datasets import DataError, load_data
+
+NAMED = "a,b,kind\n1,2.5,x\n3,-4e-2,y\n5,6,x\n"
+
+
+def csv(folder: Path, text: str, name: str = "t.csv") -> str:
+    (folder / name).write_text(text)
+    return f"csv:{folder / name}"
+
+
+@pytest.mark.parametrize("between", [",", ";", "\t", ", "])
+def test_values_come_back(tmp_path, between):
+    x = np.random.default_rng(0).normal(size=(5, 3))
+    lines = [between.join(["one", "two", "three"]), *(between.join(map(repr, map(float, row))) for row in x)]
+    data = load_data(csv(tmp_path, "\n".join(lines) + "\n"))
+    np.testing.assert_array_equal(data.train.numpy(), x.astype(data.train.numpy().dtype))
+    assert (data.levels, data.kind, data.test, data.train_labels) == (None, "point", None, None)
+
+
+def test_one_column_and_quoted_names(tmp_path):
+    quoted = '"a, in m",b\n1.5,2\n"2",3\n'
+    assert load_data(csv(tmp_path, "name\n1.5\n2\n")).train.tolist() == [[1.5], [2.0]]
+    assert load_data(csv(tmp_path, quoted)).train.tolist() == [[1.5, 2.0], [2.0, 3.0]]
+
+
+def test_a_column_of_labels(tmp_path):
+    data = load_data(csv(tmp_path, NAMED) + "@kind")
+    assert data.train.shape == (3, 2)
+    assert data.train_labels.tolist() == [0, 1, 0]
+
+
+def test_zeros_and_ones_have_two_levels_and_other_whole_numbers_none(tmp_path):
+    assert load_data(csv(tmp_path, "a,b\n0,1\n1,1\n"), scaling="unit").levels == 2
+    whole = csv(tmp_path, "a,b\n0,1\n1,2\n")
+    assert load_data(whole, scaling="none").levels is None
+    with pytest.raises(
+        DataError, match=r"look like unscaled counts.*'standard' to standardise"
+    ):  # as from any other place
+        load_data(whole)
+
+
+REFUSED = {
+    "a word": ("a,b\n1,2\n3,x\n", r"column 'b', row 2: expected a finite number, got 'x'.*csv:t\.csv@b"),
+    "a gap": ("a,b\n1,\n3,4\n", "column 'b', row 1: .* got nothing"),
+    "an infinity": ("a,b\n1,1e400\n3,4\n", "column 'b', row 1: .* got '1e400'"),
+    "not a number": ("a\nnan\n", "column 'a', row 1"),
+    "no names": ("1,2\n3,4\n", "a name for each column in the first line, found numbers: 1,2"),
+    "a name twice": ("a,a\n1,2\n", "found 'a' twice"),
+    "an empty name": ("a,\n1,2\n", "found an empty name"),
+    "a longer row": ("a,b\n1,2\n1,2,3\n", "row 2: expected 2 cells as there are names, got 3"),
+    "no rows": ("a,b\n", "found 1 lines"),
+    "nothing": ("", "found 0 lines"),
+}
+
+
+@pytest.mark.parametrize(("text", "match"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_table_is_refused(tmp_path, text, match):
+    with pytest.raises(DataError, match=match):
+        load_data(csv(tmp_path, text))
+
+
+def test_files_and_columns_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"no\.csv: cannot be read"):
+        load_data(f"csv:{tmp_path / 'no.csv'}")
+    with pytest.raises(DataError, match="a column 'z' of labels, found a, b, kind"):
+        load_data(csv(tmp_path, NAMED) + "@z")
+    with pytest.raises(DataError, match="columns of numbers beside the labels, found none"):
+        load_data(csv(tmp_path, "a\n1\n2\n") + "@a")
+    (tmp_path / "latin.csv").write_bytes("naïve\n1\n".encode("latin-1"))
+    with pytest.raises(DataError, match="expected a UTF-8 table"):
+        load_data(f"csv:{tmp_path / 'latin.csv'}")
+
+
+def test_a_part_held_out_goes_with_its_labels(tmp_path):
+    rows = "".join(f"{i},{i},{'odd' if i % 2 else 'even'}\n" for i in range(2, 42))
+    spec = csv(tmp_path, "a,b,kind\n" + rows) + "@kind"
+    data = load_data(spec, scaling="none", test_fraction=0.25)
+    assert (data.num_train, data.num_test, data.split) == (30, 10, "seed-0 permutation, 30/10")
+    for x, labels in ((data.train, data.train_labels), (data.test, data.test_labels)):
+        assert torch.equal(x[:, 0].long() % 2, labels)
+    both = torch.cat([data.train, data.test])[:, 0]
+    assert sorted(both.tolist()) == list(range(2, 42))
+    assert torch.equal(load_data(spec, scaling="none", test_fraction=0.25).test, data.test)
+    with pytest.raises(DataError, match="digits has a held-out part"):
+        load_data("digits", test_fraction=0.25)
