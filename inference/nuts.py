@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.chains import effective_sample_size, error_of_the_mean, r_hat
+from inference.printed import Printed
 from inference.views.tables import text_table
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class GoldStandardError(ValueError):
     """Data or latents that NUTS cannot be run for."""
 
 
-@dataclass(frozen=True)
-class GuideComparison:
+@dataclass(frozen=True, repr=False)
+class GuideComparison(Printed):
     """Guide against NUTS for each datum and latent dimension; arrays ``[R]``, a row each, in units of the latent.
 
     ``shift`` is (guide mean - NUTS mean) / NUTS sd, ``shift_z`` the same difference in standard errors of the draws, and

@@ -22,6 +22,7 @@ from inference.bounds.joint import data_plan
 from inference.bounds.moments import Moments
 from inference.bounds.particles import Particles
 from inference.bounds.validity import closed_form_sites
+from inference.printed import Printed
 from ppl_models.pair import ModelGuidePair
 
 THRESHOLD = 0.01
@@ -67,8 +68,8 @@ class SiteUnits:
         return f"{text}; the collapsed carry at most {float(self.kl[~self.active].max()):.2g} nats each"
 
 
-@dataclass(frozen=True)
-class ActiveUnits:
+@dataclass(frozen=True, repr=False)
+class ActiveUnits(Printed):
     """:class:`SiteUnits` by latent site, in the pair's order."""
 
     sites: dict[str, SiteUnits]
@@ -80,6 +81,10 @@ class ActiveUnits:
     def count(self) -> int:
         """Active units of all layers together."""
         return sum(site.count for site in self.sites.values())
+
+    def table(self) -> str:
+        """One line per site."""
+        return self.words()
 
     def words(self) -> str:
         """One line per site."""

@@ -30,17 +30,19 @@ from inference.bounds.particles import Plan, Program, forked_rng, make_plan
 from inference.bounds.sites import PairError
 from inference.bounds.support import ZeroOutsideSupport
 from inference.bounds.weights import WeightSums
+from inference.printed import Printed
 from inference.progress import Progress
 
 Schedule = Literal["linear", "sigmoid"]
 
 MAX_STRETCHES = 20  # parts of the path with step sizes of their own
 WARM_UP_CHAINS = 16  # per datum, over which the acceptance is averaged
+ROWS = 10  # of a table
 SIGMOID_REACH = 4.0  # delta of Wu et al. 2017, section 5
 
 
-@dataclass(frozen=True)
-class AnnealedEvidence:
+@dataclass(frozen=True, repr=False)
+class AnnealedEvidence(Printed):
     """A stochastic lower bound on log p(x), by datum, in nats.
 
     ``log_lower`` ``[B]`` is the log of the mean over chains of w: E[log_lower] <= log p(x). ``std_error`` ``[B]`` is its
@@ -79,6 +81,31 @@ class AnnealedEvidence:
     def mean_std_error(self) -> float:
         """Standard error of :attr:`mean` for these data; chains of different data are independent."""
         return float(self.std_error.square().sum().sqrt() / self.std_error.numel())
+
+    def table(self) -> str:
+        """The mean over data, then the data whose chains agree least, as text."""
+        from inference.views.tables import text_table
+
+        columns = [t.flatten() for t in (self.log_lower, self.std_error, self.ess, self.acceptance, self.divergences)]
+        count, chains = len(columns[0]), len(self.log_weights)
+        rows = [
+            [
+                "mean",
+                f"{self.mean:.4f}",
+                f"{self.mean_std_error:.4f}",
+                *(f"{float(t.mean()):.2f}" for t in columns[2:]),
+                "",
+            ]
+        ]
+        for i in columns[1].argsort(descending=True, stable=True)[:ROWS].sort().values.tolist():
+            lower, error, *rest = (float(t[i]) for t in columns)
+            remark = "one chain's weight" if chains > 1 and rest[0] < min(2.0, 0.5 * chains) else ""
+            rows.append([str(i), f"{lower:.4f}", f"{error:.4f}", *(f"{number:.2f}" for number in rest), remark])
+        header = ["datum", "log p(x) >=", "+- SE", "ess", "acceptance", "divergences", ""]
+        which = f"; the {ROWS} largest errors" if count > ROWS else ""
+        steps = len(self.temperatures) - 1
+        title = f"annealed importance sampling from the {self.start}, nats, {count} data{which}; {chains} chains, {steps} steps"
+        return "\n".join([title, text_table(header, rows), f"  ({self.note})"])
 
 
 def annealed_evidence(

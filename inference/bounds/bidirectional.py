@@ -22,14 +22,15 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from inference.bounds.annealing import AnnealedEvidence, Path, seeded
+from inference.bounds.annealing import ROWS, AnnealedEvidence, Path, seeded
 from inference.bounds.particles import make_plan
 from inference.bounds.support import ZeroOutsideSupport
+from inference.printed import Printed
 from ppl_models.pair import ModelGuidePair
 
 
-@dataclass(frozen=True)
-class BidirectionalEvidence:
+@dataclass(frozen=True, repr=False)
+class BidirectionalEvidence(Printed):
     """Both bounds on the same simulated data, nats, ``[B]``.
 
     ``x`` are the data ``[B, *data_shape]`` and ``lower`` the bound from annealing upwards. ``log_upper`` is the mean over
@@ -56,6 +57,19 @@ class BidirectionalEvidence:
     def mean_gap_std_error(self) -> float:
         """Standard error of :attr:`mean_gap` over data (x, z*), with both ends' noise in it; infinite for one datum."""
         return float(standard_error(self.gap.flatten()))
+
+    def table(self) -> str:
+        """Both bounds and the gap between them, mean and data with the widest gaps, as text."""
+        from inference.views.tables import text_table
+
+        lower, upper, gap = (t.flatten() for t in (self.lower.log_lower, self.log_upper, self.gap))
+        means = [f"{float(t.mean()):.4f}" for t in (lower, upper)]
+        rows = [["mean", *means, f"{self.mean_gap:.4f}", f"+- {self.mean_gap_std_error:.4f} over data"]]
+        for i in gap.argsort(descending=True, stable=True)[:ROWS].sort().values.tolist():
+            rows.append([str(i), *(f"{float(t[i]):.4f}" for t in (lower, upper, gap)), ""])
+        which = f"; the {ROWS} widest gaps" if len(gap) > ROWS else ""
+        title = f"log p(x) from both sides, nats, {len(gap)} data simulated from the model{which}"
+        return "\n".join([title, text_table(["datum", "lower", "upper", "gap", ""], rows)])
 
 
 def bidirectional_evidence(

@@ -26,6 +26,7 @@ from torch import Tensor
 from inference.bounds.joint import data_plan, latent_values, log_joint
 from inference.bounds.particles import ELEMENTS_AT_ONCE, collect
 from inference.bounds.uniformity import chi_square
+from inference.printed import Printed
 from inference.progress import Progress
 from inference.views.tables import text_table
 from ppl_models.pair import ModelGuidePair
@@ -34,8 +35,8 @@ JOINT = "log p(x, z)"
 LEVEL = 0.01
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Printed):
     """Ranks of the truth among the guide's draws, and whether they are uniform.
 
     ``ranks`` ``[S, Q]`` in 0..num_draws for the Q quantities in ``names``: each latent dimension, as in ``z[3]``, and the

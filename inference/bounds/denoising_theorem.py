@@ -33,6 +33,7 @@ from torch.distributions import kl_divergence
 
 from inference.bounds.moments import Moments
 from inference.bounds.particles import forked_rng
+from inference.printed import Printed
 from inference.whole_numbers import seed_number, whole_count, whole_numbers
 from ppl_models.ddpm import DDPM
 from ppl_models.evaluation_mode import evaluating
@@ -136,8 +137,8 @@ class OptimalDenoiser(nn.Module):
         return self.mixture.posterior_mean(self.process, x_t, t)
 
 
-@dataclass(frozen=True)
-class DenoisingTheorem:
+@dataclass(frozen=True, repr=False)
+class DenoisingTheorem(Printed):
     """Both sides of (2.2.3) for one pair on one mixture, by t; nats, ``[n]``, each with its standard error.
 
     ``gap`` is C, estimated without the network; ``residual`` is marginal - conditional - gap, zero in expectation, of which

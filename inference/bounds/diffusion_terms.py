@@ -46,7 +46,7 @@ class TermCurve:
         return self.std_error / (self.data_dim * math.log(2))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiffusionDecomposition(Decomposition):
     """A :class:`Decomposition` whose sites are ``x_T`` .. ``x_0``; the term of ``x_t`` is -L_t.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from inference.bounds.pareto import BAD_K_HAT
+from inference.printed import Printed
 
 if TYPE_CHECKING:
     import xarray
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 ROWS = 10
 
 
-@dataclass(frozen=True)
-class Evidence:
+@dataclass(frozen=True, repr=False)
+class Evidence(Printed):
     """log p(x) by importance weighting, per datum ``[B]``: the shape of the plates that all sites share.
 
     Args:

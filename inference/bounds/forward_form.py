@@ -37,7 +37,7 @@ from ppl_models.evaluation_mode import evaluating
 ROWS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ForwardForm(Decomposition):
     """A :class:`Decomposition` of the forward form: site ``x_0`` is the reconstruction, ``x_T`` prior matching."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from inference.bounds.joint import data_plan, paired_bounds
 from inference.bounds.refinement import Refinement, refine_guide
+from inference.printed import Printed
 from inference.views.tables import text_table
 from ppl_models.pair import ModelGuidePair
 
@@ -39,8 +40,8 @@ class EvidenceEstimate(Protocol):
         """Its standard error, ``[B]`` nats."""
 
 
-@dataclass(frozen=True)
-class InferenceGap:
+@dataclass(frozen=True, repr=False)
+class InferenceGap(Printed):
     """log p(x) - ELBO(x) of each datum and its two parts; ``[B]`` nats each, with standard errors.
 
     Both gaps are at least zero up to their errors (an amortisation gap below zero means that the search did not converge).

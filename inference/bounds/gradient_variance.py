@@ -34,6 +34,7 @@ from inference.bounds.dependencies import parents
 from inference.bounds.moments import Moments
 from inference.bounds.particles import forked_rng
 from inference.bounds.sites import is_deterministic, sample_sites
+from inference.printed import Printed
 from inference.progress import Progress
 from ppl_models.pair import ModelGuidePair
 
@@ -60,8 +61,8 @@ class BlockVariance:
         return (max(0.0, self.signal) / self.variance) ** 0.5
 
 
-@dataclass(frozen=True)
-class GradientVariance(Mapping[str, dict[str, BlockVariance]]):
+@dataclass(frozen=True, repr=False)
+class GradientVariance(Printed, Mapping[str, dict[str, BlockVariance]]):
     """``report[loss][group]`` is a :class:`BlockVariance`; losses in the order given, sites before blocks."""
 
     losses: dict[str, dict[str, BlockVariance]]

@@ -26,6 +26,7 @@ from torch import Tensor
 from inference.bounds.annealing import AnnealedEvidence, annealed_evidence, seeded
 from inference.bounds.bidirectional import bidirectional_evidence, standard_error
 from inference.bounds.importance import log_evidence
+from inference.printed import Printed
 from ppl_models.pair import ModelGuidePair
 
 FALSE_ALARM = 1e-6  # probability that a ladder in order fails its check, over all comparisons
@@ -79,8 +80,8 @@ class LadderCheck:
         return "; ".join([text, *self.remarks])
 
 
-@dataclass(frozen=True)
-class Ladder:
+@dataclass(frozen=True, repr=False)
+class Ladder(Printed):
     """Bounds on the mean log p(x) of the same data, in their order; nats unless the name ends in ``_bits_per_dim``.
 
     ``data`` is what they are of, ``[B, *data_shape]``, and ``simulated`` whether it came from the model. ``resolution``

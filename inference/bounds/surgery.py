@@ -24,13 +24,14 @@ from torch import Tensor
 from inference.bounds.joint import data_plan, latent_values, log_guide, log_joint
 from inference.bounds.moments import Moments
 from inference.bounds.particles import ELEMENTS_AT_ONCE, PARTICLES, PairError, Plan
+from inference.printed import Printed
 from inference.progress import Progress
 from inference.views.tables import text_table
 from ppl_models.pair import ModelGuidePair
 
 
-@dataclass(frozen=True)
-class ElboSurgery:
+@dataclass(frozen=True, repr=False)
+class ElboSurgery(Printed):
     """The rate and its two parts in nats, means over the N data, with standard errors."""
 
     rate: float

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from inference.printed import Printed
+
 if TYPE_CHECKING:
     import xarray
 
@@ -60,8 +62,8 @@ class SiteTerm:
         return self.std_error if self.with_entropy_std_error is None else self.with_entropy_std_error
 
 
-@dataclass(frozen=True)
-class Decomposition(Mapping[str, SiteTerm]):
+@dataclass(frozen=True, repr=False)
+class Decomposition(Printed, Mapping[str, SiteTerm]):
     """Terms by site; ``d[site]`` is a :class:`SiteTerm`, ``d.elbo`` their sum.
 
     ``elbo`` and ``std_error`` use the better estimate of each term, ``monte_carlo`` and ``monte_carlo_std_error`` draws

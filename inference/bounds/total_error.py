@@ -23,13 +23,14 @@ from inference.bounds.decomposition import decompose_elbo
 from inference.bounds.gaps import EvidenceEstimate
 from inference.bounds.joint import data_plan, log_ratio
 from inference.bounds.moments import Moments
+from inference.printed import Printed
 from inference.training.densities import log_density
 from inference.views.tables import text_table
 from ppl_models.pair import ModelGuidePair
 
 
-@dataclass(frozen=True)
-class TotalError:
+@dataclass(frozen=True, repr=False)
+class TotalError(Printed):
     """The three errors in nats, means over data, with standard errors.
 
     ``residual`` = total - (modelling + inference), whose standard error is that of the draws of z alone (the same data

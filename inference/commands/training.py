@@ -75,7 +75,7 @@ def train(
     seed: Annotated[
         int | None, _option("seed", "N", TRAINING, text="of the initial weights, the batches and the draws")
     ] = None,
-    device: Annotated[str | None, _option("device", "NAME", TRAINING, text="auto, cpu, cuda or mps")] = None,
+    device: Annotated[str | None, _option("device", "NAME", TRAINING, text="auto, cpu, cuda, cuda:1 or mps")] = None,
     compile_: Annotated[
         str | None, typer.Option("--compile", metavar="WHEN", help="auto, on or off", rich_help_panel=TRAINING)
     ] = None,

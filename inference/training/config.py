@@ -7,6 +7,7 @@ is only ever resumed under the very configuration that it was started with.
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -71,7 +72,7 @@ class TrainConfig(BaseModel):
     )
     patience: int | None = Field(None, ge=1, description="epochs without a better validation ELBO before stopping")
     seed: int = Field(0, ge=0, lt=2**63)
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda|mps|gpu)$")
+    device: str = "auto"
     precision: Literal["32-true", "64-true", "bf16-mixed"] | None = Field(None, description="None: the pair's own")
     processes: int = Field(1, ge=1, le=64, description="processes that share each batch")
     compile: Literal["auto", "on", "off"] = Field(
@@ -86,6 +87,13 @@ class TrainConfig(BaseModel):
     def _on_or_off(cls, value: Any) -> Any:
         """YAML reads on and off, without quotes, as true and false."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|(cuda|gpu)(:[0-9]+)?", value):
+            raise ValueError(f"device: expected auto, cpu, mps, cuda or cuda:1, got {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

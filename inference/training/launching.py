@@ -194,12 +194,17 @@ def _work(fabric: Any, job: Job) -> list[dict[str, float]]:
 def _fabric(config: TrainConfig) -> Any:
     from lightning_fabric import Fabric
 
+    kind, _, index = config.device.partition(":")
+    if index and config.processes > 1:
+        raise ConfigError(
+            f"device: expected {kind!r} with {config.processes} processes, which take one each, got {config.device!r}"
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         try:
             return Fabric(
-                accelerator={"cuda": "gpu"}.get(config.device, config.device),
-                devices=config.processes,
+                accelerator="gpu" if kind == "cuda" else kind,
+                devices=[int(index)] if index else config.processes,
                 strategy="ddp_spawn" if config.processes > 1 else "auto",
                 # Dtypes themselves are set on the pair and the data; only autocasting is left to do.
                 precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",

@@ -171,7 +171,7 @@ def _check_config(config: TrainConfig, out: Path | None, resume: bool) -> None:
         raise RunError("expected out=FOLDER with resume=True: there is nothing to go on from in memory")
     if config.tensorboard:
         check_tensorboard(out)
-    if config.device in ("cuda", "gpu") and not torch.cuda.is_available():
+    if config.device.startswith(("cuda", "gpu")) and not torch.cuda.is_available():
         raise ConfigError(f"device: expected a CUDA device for {config.device!r}, found none; use auto or cpu")
     if config.device == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device: expected an Apple GPU for 'mps', found none; use auto or cpu")

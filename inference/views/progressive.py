@@ -24,6 +24,7 @@ from pyro import poutine
 from torch import Tensor
 
 from inference.bounds.particles import forked_rng
+from inference.printed import Printed
 from inference.views.drawing import draw_mosaic, mosaic_inches, style
 from inference.views.images import Array, Range, is_image, to_rgb
 from inference.views.plot_data import to_array
@@ -34,8 +35,8 @@ from ppl_models.pair import ModelGuidePair
 COARSE_SHARE = 0.5  # of the variance, which the components that are called coarse hold at least
 
 
-@dataclass(frozen=True)
-class Progressive:
+@dataclass(frozen=True, repr=False)
+class Progressive(Printed):
     """E[x | z] under redraws, by how many sites are held; R = L + 1 rows, the first with nothing held.
 
     Attributes:

@@ -105,13 +105,15 @@ def test_the_same_data_well_stated_are_taken() -> None:
         ({"patience": 3}, ConfigError, "expected validation_fraction > 0 with patience"),
         ({"validation_fraction": 0.999}, ConfigError, "expected validation_fraction to leave training data"),
         ({"device": "cuda"}, ConfigError, "expected a CUDA device for 'cuda', found none"),
+        ({"device": "cuda:1"}, ConfigError, "expected a CUDA device for 'cuda:1', found none"),
+        ({"device": "cpu:1"}, ConfigError, "device: expected auto, cpu, mps, cuda or cuda:1, got 'cpu:1'"),
         ({"tensorboard": True}, ConfigError, "tensorboard: expected a RUN folder to write to, got none"),
         ({"resume": True}, RunError, "expected out=FOLDER with resume=True"),
         ({"config": TrainConfig(), "epochs": 2}, ConfigError, "expected either config or options, got both"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], reason: str) -> None:
-    if options.get("device") == "cuda" and torch.cuda.is_available():
+    if str(options.get("device")).startswith("cuda") and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     with pytest.raises(error, match=reason):
         fit(linear_vae(), points(), progress=False, **options)
