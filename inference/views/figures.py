@@ -181,7 +181,7 @@ def draw_learning_curve(data: LearningCurve) -> Figure:
     """Left: -ELBO by epoch. Right: the path in the rate-distortion plane, on which -ELBO is constant along the diagonals."""
     parts = (
         ("train", BLUE, "o", data.train_elbo, data.train_rate, data.train_distortion),
-        ("validation", VERMILION, "s", data.validation_elbo, data.validation_rate, data.validation_distortion),
+        (data.validated_on, VERMILION, "s", data.validation_elbo, data.validation_rate, data.validation_distortion),
     )
     with style():
         figure = Figure(figsize=(8.0, 3.6), layout="constrained")

@@ -58,7 +58,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """The bound by epoch, ``[E]`` each, nats per datum; NaN where an epoch has no value. ELBO = -(rate + distortion)."""
+    """The bound by epoch, ``[E]`` each, nats per datum; NaN where an epoch has no value. ELBO = -(rate + distortion).
+
+    ``validated_on`` is what the validation values are of, in a word or two.
+    """
 
     epoch: Array
     train_elbo: Array
@@ -67,6 +70,7 @@ class LearningCurve:
     validation_elbo: Array
     validation_rate: Array
     validation_distortion: Array
+    validated_on: str = "validation"
 
 
 @dataclass(frozen=True)
@@ -124,12 +128,13 @@ def trajectory_samples(trajectory: Trajectory, data: Tensor | None = None) -> Sa
     return Samples(to_array(trajectory.x_0), None, None if data is None else to_array(data), f"x_0, {trajectory.law}")
 
 
-def learning_curve(rows: Sequence[Mapping[str, Any]]) -> LearningCurve:
+def learning_curve(rows: Sequence[Mapping[str, Any]], validated_on: str = "validation") -> LearningCurve:
     """A metrics table as arrays by epoch.
 
     Args:
         rows: one mapping per epoch, with ``epoch`` and any of ``{train,validation}_{elbo,rate,distortion}`` in nats per
             datum; missing, None, empty and NaN all mean "no value".
+        validated_on: what the validation values are of, for the legend.
 
     Raises:
         ValueError: no rows, or a row without ``epoch``.
@@ -148,7 +153,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> LearningCurve:
         return np.array([math.nan if v is None or v == "" else float(v) for v in values])
 
     columns = {f"{part}_{curve}": column(f"{part}_{curve}") for part in ("train", "validation") for curve in CURVES}
-    return LearningCurve(column("epoch"), **columns)
+    return LearningCurve(column("epoch"), **columns, validated_on=validated_on)
 
 
 def bound_terms(d: Decomposition) -> BoundTerms:

@@ -105,7 +105,9 @@ def _learning_curve(shown: Shown) -> Figure:
     from inference.views.figures import draw_learning_curve
 
     rows = shown.run.metrics
-    return draw_learning_curve(learning_curve(rows[len(rows) // 20 :]))
+    held_out = not str(shown.run.config["validation"]).startswith("the training data themselves")
+    name = "validation" if held_out else "train, after each epoch"  # the same data, by the weights of the epoch's end
+    return draw_learning_curve(learning_curve(rows[len(rows) // 20 :], name))
 
 
 def _posterior(shown: Shown) -> Figure:
@@ -157,8 +159,8 @@ def _graph(shown: Shown) -> bytes:
 PICTURES: dict[str, Entry] = {
     "learning_curve.svg": (
         "Learning curve",
-        "Left: what was minimised, on both parts of the data. Right: where each epoch stands in the plane of rate and "
-        "distortion, whose sum is −ELBO; moving along a dotted line trades one for the other at the same bound. The first "
+        "Left: what was minimised, over each epoch's steps and after them. Right: where each epoch stands in the plane of rate "
+        "and distortion, whose sum is −ELBO; moving along a dotted line trades one for the other at the same bound. The first "
         "twentieth of the epochs is left out: it would set the scale.",
         _learning_curve,
     ),

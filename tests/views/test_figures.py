@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -23,6 +24,7 @@ from inference.views.figures import (
 )
 from inference.views.latent_data import LatentMap, latent_map, traversal
 from inference.views.plot_data import BoundTerms, Samples, bound_terms, learning_curve, reconstructions, samples
+from inference.views.report_pictures import PICTURES
 from ppl_models.likelihoods import Normal
 from ppl_models.linear_gaussian import LinearGaussian
 from ppl_models.vae import VAE
@@ -167,6 +169,19 @@ class TestLearningCurve:
         )
         for label in (left.get_ylabel(), right.get_xlabel(), right.get_ylabel()):
             assert "nats per datum" in label
+
+    @pytest.mark.parametrize(
+        ("config", "label"),
+        [
+            ("the held-out part", "validation"),
+            ("the training data themselves (there are no ...)", "train, after each epoch"),
+        ],
+    )
+    def test_training_data_are_not_called_validation(self, config, label):
+        run = SimpleNamespace(metrics=list(ROWS), config={"validation": config})
+        figure = PICTURES["learning_curve.svg"][2](SimpleNamespace(run=run))
+        assert_nothing_overlaps_or_leaves(figure)
+        assert [line.get_label() for line in figure.axes[0].lines] == ["train", label]
 
     def test_dotted_lines_have_one_sum_each(self):
         right = draw_learning_curve(learning_curve(ROWS)).axes[1]
