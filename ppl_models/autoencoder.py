@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.corruption import Corruption, Masking
-from ppl_models.likelihoods import Likelihood
+from ppl_models.likelihoods import Likelihood, known_likelihood
 from ppl_models.networks.codes import CodeEncoder
 from ppl_models.networks.mlp import Activation, Decoder
 from ppl_models.pair import ModelGuidePair
 from ppl_models.penalties import ActivityTarget, Contraction, Penalty
 from ppl_models.probing import evaluate_once, probe_decoder
 from ppl_models.registry import describe
+from ppl_models.whole_numbers import sizes, whole_count
 
 Kind = Literal["plain", "denoising", "sparse", "k-sparse", "contractive"]
 KINDS = get_args(Kind)
@@ -84,8 +85,7 @@ class AutoEncoder(ModelGuidePair):
         corruption: Corruption | None = None,
         penalties: Sequence[Penalty] = (),
     ) -> None:
-        if latent_dim < 1:
-            raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")
+        latent_dim, likelihood = whole_count("latent_dim", latent_dim), known_likelihood(likelihood)
         output = probe_decoder(decoder, latent_dim)
         data_shape = likelihood.data_shape_of(output)
         likelihood(output, len(data_shape))  # refuses output that it cannot take
@@ -144,6 +144,9 @@ class AutoEncoder(ModelGuidePair):
         """
         if kind not in KINDS:
             raise ValueError(f"expected kind among {', '.join(KINDS)}, got {kind!r}")
+        data_shape, hidden = sizes("data_shape", data_shape), sizes("hidden", hidden)
+        latent_dim, likelihood = whole_count("latent_dim", latent_dim), known_likelihood(likelihood)
+        k = None if k is None else whole_count("k", k)
         if kind == "denoising" and corruption is None:
             corruption = Masking(0.25, fill=-1.0 if likelihood.scaling == "symmetric" else 0.0)
         if kind == "sparse" and not penalties:

@@ -47,6 +47,7 @@ from ppl_models.processes.structured_transitions import AbsorbingTransitions, Un
 from ppl_models.processes.transitions import Transitions
 from ppl_models.registry import describe
 from ppl_models.truncated_logistic import TruncatedLogistic, logistic_logits
+from ppl_models.whole_numbers import sizes
 
 __all__ = ["D3PM", "logistic_logits"]
 
@@ -155,6 +156,7 @@ class D3PM(Diffusion):
             TypeError: a likelihood that is not `Categorical`.
             ValueError: an unknown name, or a transformer with logistic output.
         """
+        data_shape = sizes("data_shape", data_shape)
         if not isinstance(likelihood, Categorical):
             raise TypeError(
                 f"expected a Categorical likelihood, got {type(likelihood).__name__}: D3PM is for classes; use "

@@ -36,6 +36,7 @@ from ppl_models.networks.unet import UNet
 from ppl_models.processes.gaussian import GaussianProcess
 from ppl_models.processes.schedules import NoiseSchedule
 from ppl_models.registry import describe
+from ppl_models.whole_numbers import sizes
 
 __all__ = ["DDPM"]
 
@@ -94,8 +95,7 @@ class DDPM(Diffusion):
             raise TypeError(
                 f"expected a NoiseSchedule, got {type(schedule).__name__}: NoiseSchedule.from_betas takes variances"
             )
-        if isinstance(data_shape, int):
-            raise TypeError(f"expected data_shape as a sequence of sizes, got {data_shape}: write ({data_shape},)")
+        data_shape = sizes("data_shape", data_shape)
         if predict not in ("eps", "x_0", "mean"):
             raise ValueError(f"expected predict 'eps', 'x_0' or 'mean', got {predict!r}")
         if variance not in ("beta", "posterior", "learned"):

@@ -24,12 +24,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.likelihoods import Likelihood
+from ppl_models.likelihoods import Likelihood, known_likelihood
 from ppl_models.networks.arrays import mirrored
 from ppl_models.networks.mlp import Activation
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once
 from ppl_models.registry import describe
+from ppl_models.whole_numbers import sizes
 
 MAX_STATES = 2**16
 STATES_AT_ONCE = 1024
@@ -177,6 +178,11 @@ class CategoricalVAE(ModelGuidePair):
             activation: see :class:`ppl_models.networks.MLP`.
         """
         check_sizes(num_latents=(num_latents, 1), num_classes=(num_classes, 2))
+        data_shape, hidden, likelihood = (
+            sizes("data_shape", data_shape),
+            sizes("hidden", hidden),
+            known_likelihood(likelihood),
+        )
         shape, classes = [num_latents, num_classes], likelihood.num_classes
         encoder, decoder = mirrored(data_shape, shape, hidden, activation, classes, likelihood.needs_scale)
         return cls(encoder, decoder, num_latents, num_classes, likelihood)

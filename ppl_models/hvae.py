@@ -28,12 +28,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.likelihoods import Bernoulli, Likelihood
+from ppl_models.likelihoods import Bernoulli, Likelihood, known_likelihood
 from ppl_models.networks.gaussian_layers import LadderEncoder
 from ppl_models.networks.mlp import Activation, Decoder, GaussianEncoder
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once
 from ppl_models.registry import describe
+from ppl_models.whole_numbers import sizes
 
 Guide = Literal["bottom_up", "top_down"]
 
@@ -119,7 +120,10 @@ class HVAE(ModelGuidePair):
         Raises:
             ValueError: not as many lists of hidden widths as layers.
         """
-        depth = len(latent_dims)
+        data_shape, latent_dims = sizes("data_shape", data_shape), sizes("latent_dims", latent_dims)
+        likelihood, depth = known_likelihood(likelihood), len(latent_dims)
+        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+            raise TypeError(f"expected hidden as a list of widths, or one a layer, got {hidden!r}")
         widths: Sequence[Any] = hidden if any(isinstance(each, Sequence) for each in hidden) else [hidden] * depth
         if len(widths) != depth or not all(isinstance(each, Sequence) for each in widths):
             raise ValueError(

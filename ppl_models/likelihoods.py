@@ -372,6 +372,18 @@ class DiscretizedNormal(LocationScale):
         return {"levels": self.levels} | super().config()
 
 
+def known_likelihood(value: Any) -> Likelihood:
+    """``value`` if it is a likelihood.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, Likelihood):
+        got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)[:60]
+        raise TypeError(f"expected a likelihood such as Normal() or Bernoulli(), got {got}: make one")
+    return value
+
+
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
         also = ', "learned", "default" or None' if name == "scale" else ""

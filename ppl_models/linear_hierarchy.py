@@ -28,6 +28,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppl_models.linear_gaussian import symmetric, widened
 from ppl_models.pair import ModelGuidePair
 
 Guide = Literal["bottom_up", "top_down"]
@@ -123,14 +124,15 @@ class LinearHierarchy(ModelGuidePair):
         self.announce("weights", "biases", "log_noise_scales")
         with pyro.plate("data", self.batch_size(x)):
             z = x
-            for site, weight, loc, precision in self._conditionals(x):
+            for site, *parameters in self._conditionals(x):
+                weight, loc, precision = (parameter.to(x.dtype) for parameter in parameters)
                 z = pyro.sample(site, self._law(z @ weight.T + loc, precision))
             return z
 
     def log_evidence(self, x: Tensor) -> Tensor:
         """log p(x) = log N(x; m_0, C_0), ``[B]`` nats."""
         loc, covariance = self._priors()[0]
-        return dist.MultivariateNormal(loc, covariance).log_prob(x)
+        return dist.MultivariateNormal(loc, covariance).log_prob(widened(x)).to(self.prior_loc.dtype)
 
     def elbo(self, x: Tensor) -> Tensor:
         """ELBO(x) = log p(x) - KL(q(z_1..L | x) || p(z_1..L | x)), ``[B]`` nats, exact.
@@ -143,7 +145,7 @@ class LinearHierarchy(ModelGuidePair):
         if self.exact:
             return log_evidence
         gaps = [torch.diagonal(p).log().sum() - torch.logdet(p) for _, _, _, p in self._conditionals(x)]
-        return log_evidence - 0.5 * torch.stack(gaps).sum()
+        return log_evidence - 0.5 * torch.stack(gaps).sum().to(log_evidence.dtype)
 
     def config(self) -> dict[str, Any]:
         """Arguments of :meth:`random` of the right shapes, JSON-able; the values are in the weights."""
@@ -165,18 +167,18 @@ class LinearHierarchy(ModelGuidePair):
         return dist.Normal(loc, torch.diagonal(precision).rsqrt()).to_event(1)
 
     def _conditionals(self, x: Tensor) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-        """The guide's conditionals in its order: site, G, c, P of N(G y + c, P^-1), y the value before (x at first)."""
+        """The guide's conditionals in order: site, G, c, P of N(G y + c, P^-1), y the value before (x at first); float64."""
         return self._bottom_up() if self.guide_kind == "bottom_up" else self._top_down(x)
 
     def _bottom_up(self) -> list[tuple[str, Tensor, Tensor, Tensor]]:
         """p(z_l | z_{l-1}) proportional to N(z_l; m_l, C_l) N(z_{l-1}; W_l z_l + b_l, s_l^2 I)."""
         priors, found = self._priors(), []
         for layer in range(1, self.depth + 1):
-            weight, bias = self.weights[layer - 1], self.biases[layer - 1]
+            weight, bias = widened(self.weights[layer - 1]), widened(self.biases[layer - 1])
             mean, covariance = priors[layer]
             prior_precision = torch.linalg.inv(covariance)
-            gain = weight.T / self.log_noise_scales[layer - 1].exp().square()
-            precision = prior_precision + gain @ weight
+            gain = weight.T / self._variance(layer)
+            precision = symmetric(prior_precision + gain @ weight)
             loc = torch.linalg.solve(precision, prior_precision @ mean - gain @ bias)
             found.append((f"z_{layer}", torch.linalg.solve(precision, gain), loc, precision))
         return found
@@ -187,47 +189,46 @@ class LinearHierarchy(ModelGuidePair):
         for layer in range(self.depth, 0, -1):
             a_weight, a_bias, noise = likelihoods[layer]
             gain = torch.linalg.solve(noise, a_weight).T  # A' S^-1
-            message = (x - a_bias) @ gain.T
-            if layer == self.depth:
-                prior_precision = torch.diag(self.prior_scale)
-                weight, bias = (
-                    torch.zeros_like(gain),
-                    self.prior_loc,
-                )  # nothing is drawn before; x enters by the message
+            message = (widened(x) - a_bias) @ gain.T
+            if layer == self.depth:  # nothing is drawn before; x enters by the message
+                prior_precision = torch.diag(widened(self.prior_scale))
+                weight, bias = torch.zeros_like(gain), widened(self.prior_loc)
             else:
-                prior_precision = torch.eye(len(gain), dtype=x.dtype, device=x.device)
-                prior_precision = prior_precision / self.log_noise_scales[layer].exp().square()
-                weight, bias = self.weights[layer], self.biases[layer]
-            precision = prior_precision + gain @ a_weight
+                prior_precision = torch.eye(len(gain), dtype=gain.dtype, device=x.device) / self._variance(layer + 1)
+                weight, bias = widened(self.weights[layer]), widened(self.biases[layer])
+            precision = symmetric(prior_precision + gain @ a_weight)
             loc = torch.linalg.solve(precision, (message + prior_precision @ bias).unsqueeze(-1)).squeeze(-1)
             found.append((f"z_{layer}", torch.linalg.solve(precision, prior_precision @ weight), loc, precision))
         return found
 
     def _priors(self) -> list[tuple[Tensor, Tensor]]:
-        """(m_l, C_l) for l = 0..L, layer 0 being x."""
-        mean, covariance = self.prior_loc, torch.diag(self.prior_scale)
+        """(m_l, C_l) for l = 0..L, layer 0 being x; float64."""
+        mean, covariance = widened(self.prior_loc), torch.diag(widened(self.prior_scale))
         found = [(mean, covariance)]
         for layer in range(self.depth, 0, -1):
-            weight, noise = self.weights[layer - 1], self.log_noise_scales[layer - 1].exp().square()
-            mean = weight @ mean + self.biases[layer - 1]
-            covariance = weight @ covariance @ weight.T + noise * torch.eye(
-                len(mean), dtype=mean.dtype, device=mean.device
-            )
+            weight = widened(self.weights[layer - 1])
+            mean = weight @ mean + widened(self.biases[layer - 1])
+            own = self._variance(layer) * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+            covariance = symmetric(weight @ covariance @ weight.T + own)
             found.insert(0, (mean, covariance))
         return found
 
     def _likelihoods(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(A_l, a_l, S_l) of p(x | z_l) for l = 0..L, layer 0 being x itself."""
-        first = self.biases[0]
+        """(A_l, a_l, S_l) of p(x | z_l) for l = 0..L, layer 0 being x itself; float64."""
+        first = widened(self.biases[0])
         weight = torch.eye(len(first), dtype=first.dtype, device=first.device)
         bias, noise = torch.zeros_like(first), torch.zeros_like(weight)
         found = [(weight, bias, noise)]
         for layer in range(1, self.depth + 1):
-            noise = self.log_noise_scales[layer - 1].exp().square() * weight @ weight.T + noise
-            bias = weight @ self.biases[layer - 1] + bias
-            weight = weight @ self.weights[layer - 1]
+            noise = symmetric(self._variance(layer) * weight @ weight.T + noise)
+            bias = weight @ widened(self.biases[layer - 1]) + bias
+            weight = weight @ widened(self.weights[layer - 1])
             found.append((weight, bias, noise))
         return found
+
+    def _variance(self, layer: int) -> Tensor:
+        """s_l^2, float64."""
+        return widened(self.log_noise_scales[layer - 1]).exp().square()
 
 
 def _check(weights: Sequence[Tensor], biases: Sequence[Tensor], noise_scales: Sequence[float], guide: str) -> None:

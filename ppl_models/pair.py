@@ -29,6 +29,7 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
 from ppl_models.data_checks import refuse_other_than_tensor
+from ppl_models.whole_numbers import sizes
 
 
 class ModelGuidePair(nn.Module, ABC):
@@ -68,7 +69,7 @@ class ModelGuidePair(nn.Module, ABC):
 
     def __init__(self, data_shape: tuple[int, ...] | torch.Size, latent_sites: tuple[str, ...]) -> None:
         super().__init__()
-        self.data_shape = torch.Size(data_shape)
+        self.data_shape = torch.Size(sizes("data_shape", data_shape))
         self.latent_sites = tuple(latent_sites)
 
     @abstractmethod

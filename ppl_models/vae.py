@@ -19,11 +19,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.likelihoods import Likelihood
+from ppl_models.likelihoods import Likelihood, known_likelihood
 from ppl_models.networks.mlp import Activation, Decoder, GaussianEncoder
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once, probe_decoder
 from ppl_models.registry import describe
+from ppl_models.whole_numbers import sizes, whole_count
 
 
 class VAE(ModelGuidePair):
@@ -56,8 +57,7 @@ class VAE(ModelGuidePair):
     prior_scale: Tensor
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, likelihood: Likelihood) -> None:
-        if latent_dim < 1:
-            raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")
+        latent_dim, likelihood = whole_count("latent_dim", latent_dim), known_likelihood(likelihood)
         output = probe_decoder(decoder, latent_dim)
         data_shape = likelihood.data_shape_of(output)
         likelihood(output, len(data_shape))  # refuses output that it cannot take
@@ -91,6 +91,8 @@ class VAE(ModelGuidePair):
             hidden: the encoder's hidden widths; the decoder has them reversed.
             activation: see :class:`ppl_models.networks.MLP`.
         """
+        data_shape, hidden = sizes("data_shape", data_shape), sizes("hidden", hidden)
+        likelihood = known_likelihood(likelihood)
         encoder = GaussianEncoder(data_shape, latent_dim, hidden, activation, num_classes=likelihood.num_classes)
         output_shape = [*data_shape] if likelihood.num_classes is None else [*data_shape, likelihood.num_classes]
         decoder = Decoder(latent_dim, output_shape, list(hidden)[::-1], activation, with_scale=likelihood.needs_scale)

@@ -43,13 +43,14 @@ from torch import Tensor, nn
 from torch.distributions.kl import register_kl
 
 from ppl_models.discrete_vae import check_encoding, check_sizes, one_hot, zeros_like_parameters
-from ppl_models.likelihoods import Likelihood
+from ppl_models.likelihoods import Likelihood, known_likelihood
 from ppl_models.networks.arrays import mirrored
 from ppl_models.networks.mlp import Activation
 from ppl_models.networks.precision import at_least_float32
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once
 from ppl_models.registry import describe
+from ppl_models.whole_numbers import sizes
 
 
 class _OneOf(constraints.Constraint):
@@ -227,6 +228,11 @@ class VQVAE(ModelGuidePair):
             commitment: beta.
         """
         check_sizes(num_latents=(num_latents, 1), num_codes=(num_codes, 2), code_dim=(code_dim, 1))
+        data_shape, hidden, likelihood = (
+            sizes("data_shape", data_shape),
+            sizes("hidden", hidden),
+            known_likelihood(likelihood),
+        )
         shape, classes = [num_latents, code_dim], likelihood.num_classes
         encoder, decoder = mirrored(data_shape, shape, hidden, activation, classes, likelihood.needs_scale)
         return cls(encoder, decoder, num_latents, num_codes, code_dim, likelihood, commitment)

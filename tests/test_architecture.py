@@ -25,7 +25,9 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def layer(module: str) -> int | None:
-    """Place in networks <- ppl_models <- inference <- cli; None for foreign modules."""
+    """Place in networks <- ppl_models <- inference <- cli; None for foreign modules, and -1 for what checks numbers."""
+    if module == "ppl_models.whole_numbers":
+        return -1
     if module.startswith("ppl_models.networks"):
         return 0
     if module == "ppl_models" or module.startswith("ppl_models."):

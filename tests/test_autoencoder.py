@@ -507,7 +507,7 @@ IDENTITY = nn.Identity()
         (lambda: Masking(0.5, fill=math.nan), ValueError, "fill to be a finite number"),
         (lambda: SaltAndPepper(0.5, low=1.0, high=0.0), ValueError, "low < high"),
         (lambda: _preset(kind="dense"), ValueError, "kind among plain, denoising"),
-        (lambda: _preset(latent_dim=0), ValueError, "positive widths"),
+        (lambda: _preset(latent_dim=0), ValueError, "whole latent_dim >= 1, got 0"),
         (lambda: AutoEncoder(nn.Linear(3, 2), nn.Linear(2, 3), 0, Normal()), ValueError, "latent_dim >= 1"),
         (lambda: AutoEncoder(nn.Linear(3, 4), nn.Linear(2, 3), 2, Normal()), ValueError, r"\[1, 2\].*got \[1, 4\]"),
         (lambda: AutoEncoder(nn.Linear(5, 2), nn.Linear(2, 3), 2, Normal()), ValueError, r"one row of shape \[1, 3\]"),

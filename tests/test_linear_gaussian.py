@@ -108,3 +108,29 @@ def test_random_leaves_the_default_generator_alone():
 def test_bad_arguments_are_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
         LinearGaussian(*arguments)
+
+
+@pytest.mark.parametrize("guide", ["exact", "mean_field"])
+@pytest.mark.parametrize("noise_scale", [0.1, 0.01, 1e-3])
+def test_float32_parameters_lose_nothing_but_their_own_rounding(noise_scale, guide):
+    """Against the dense density of the same float32 numbers in float64: to 4 ulps of float32 of the result."""
+    pair = LinearGaussian.random(96, 8, noise_scale=noise_scale, guide=guide).float()
+    x = pair.model(size=6).detach()
+    wide = [parameter.detach().double() for parameter in (pair.weight, pair.bias, pair.log_noise_scale)]
+    numbers = wide[0].numpy(), wide[1].numpy(), float(wide[2].exp())
+    want = gaussian.log_evidence(*numbers, x.double().numpy())
+    got = pair.log_evidence(x).detach()
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.double(), want, rtol=4 * torch.finfo(torch.float32).eps)
+    s = pair.noise_scale.detach()  # control: worked out in float32, as a difference of squares
+    residual = (x - pair.bias.detach()) / s
+    precision = torch.eye(8, dtype=torch.float32) + pair.weight.detach().T @ pair.weight.detach() / s**2
+    projected = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(precision), (residual @ pair.weight.detach() / s)[..., None], upper=False
+    )
+    cancelled = residual.square().sum(-1) - projected[..., 0].square().sum(-1)
+    wide_residual = (x.double() - wide[1]) / wide[2].exp()
+    wide_precision = torch.eye(8) + wide[0].T @ wide[0] / wide[2].exp() ** 2
+    projection = torch.linalg.solve(wide_precision, (wide_residual @ wide[0]).T / wide[2].exp()).T
+    exact = wide_residual.square().sum(-1) - ((wide_residual @ wide[0] / wide[2].exp()) * projection).sum(-1)
+    assert (cancelled - exact).abs().max() > 4 * torch.finfo(torch.float32).eps * abs(want).max()

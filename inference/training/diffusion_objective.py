@@ -26,6 +26,7 @@ from inference.training.timesteps import SAMPLERS
 from ppl_models.ddpm import DDPM
 from ppl_models.diffusion import Diffusion
 from ppl_models.processes.transitions import shapes_are_fixed
+from ppl_models.whole_numbers import positive_number
 
 __all__ = ["DiffusionLoss", "DiffusionStep"]
 
@@ -95,8 +96,8 @@ class DiffusionLoss(nn.Module):
                 f"expected auxiliary_weight with weights='hybrid' and only there, got {auxiliary_weight} with {weights!r}: "
                 "1000 is usual for a DDPM with learned variance, 0.001 to 0.01 for a D3PM"
             )
-        if auxiliary_weight is not None and not 0 < auxiliary_weight < float("inf"):
-            raise ValueError(f"expected auxiliary_weight > 0, got {auxiliary_weight}")
+        if auxiliary_weight is not None:
+            auxiliary_weight = positive_number("auxiliary_weight", auxiliary_weight)
         if weights == "simple" and isinstance(pair, DDPM) and pair.variance_has_own_output:
             warnings.warn(
                 "weights 'simple' leave a learned variance as it starts, for they say nothing of it: take 'hybrid' or 'vlb', "

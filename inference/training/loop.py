@@ -89,6 +89,11 @@ def fit(
     if config is not None and options:
         raise ConfigError(f"expected either config or options, got both: put {', '.join(options)} into the config")
     config = config or make_config(options)
+    if not isinstance(pair, ModelGuidePair):
+        raise TypeError(
+            f"expected a ModelGuidePair such as VAE.preset(...), got {type(pair).__name__}: a model and a guide of your own "
+            "become one by subclassing it"
+        )
     spec = data if isinstance(data, str) else spec
     folder = None if out is None else Path(out)
     _check_config(config, folder, resume)

@@ -16,7 +16,6 @@ its KL known in closed form, for a relaxed z has no probability.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from inference.bounds.sites import PairError, Site
 from inference.training.discrete_objective import DiscreteLoss
 from ppl_models.discrete_vae import one_hot
 from ppl_models.pair import ModelGuidePair
+from ppl_models.whole_numbers import positive_number, whole_count
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,8 @@ class Annealing:
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"expected a positive finite temperature {name}, got {getattr(self, name)}")
-        if self.steps < 1:
-            raise ValueError(f"expected steps >= 1, got {self.steps}: for one temperature throughout, pass a number")
+            positive_number(f"the temperature's {name}", getattr(self, name))
+        whole_count("steps", self.steps)
 
     def __call__(self, step: int) -> float:
         """Tau after ``step`` steps."""

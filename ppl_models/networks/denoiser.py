@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.networks.one_hot import rows_of
+from ppl_models.whole_numbers import sizes
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
@@ -40,15 +41,13 @@ class Denoiser(nn.Module):
 
     def __init__(self, data_shape: Sequence[int], num_classes: int | None = None, with_variance: bool = False) -> None:
         super().__init__()
-        if any(size < 1 for size in data_shape):
-            raise ValueError(f"expected a data_shape of positive sizes, got {list(data_shape)}")
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"expected num_classes >= 2, got {num_classes}: leave it out for real-valued data")
         if num_classes is not None and with_variance:
             raise ValueError(
                 "expected num_classes or with_variance, got both: a law of classes has no variance to learn"
             )
-        self.data_shape = list(data_shape)
+        self.data_shape = sizes("data_shape", data_shape)
         self.num_classes = num_classes
         self.with_variance = with_variance
         self.inputs = num_classes or 1

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ppl_models.networks.one_hot import rows_of
 from ppl_models.networks.precision import at_least_float32
+from ppl_models.whole_numbers import sizes, whole_count
 
 Activation = Literal["tanh", "relu", "silu", "gelu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
@@ -79,13 +80,13 @@ class GaussianEncoder(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.data_shape = list(data_shape)
-        self.latent_dim = latent_dim
-        self.hidden = list(hidden)
+        self.data_shape = sizes("data_shape", data_shape)
+        self.latent_dim = whole_count("latent_dim", latent_dim)
+        self.hidden = sizes("hidden", hidden)
         self.activation = activation
         self.num_classes = num_classes
-        inputs = math.prod(data_shape) * (num_classes or 1)
-        self.body = MLP([inputs, *hidden, 2 * latent_dim], activation)
+        inputs = math.prod(self.data_shape) * (num_classes or 1)
+        self.body = MLP([inputs, *self.hidden, 2 * self.latent_dim], activation)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` of shape ``[..., *data_shape]`` to ``(loc, scale)``, each ``[..., latent_dim]``."""
@@ -133,12 +134,13 @@ class Decoder(nn.Module):
         with_scale: bool = False,
     ) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
-        self.output_shape = list(output_shape)
-        self.hidden = list(hidden)
+        self.latent_dim = whole_count("latent_dim", latent_dim)
+        self.output_shape = sizes("output_shape", output_shape)
+        self.hidden = sizes("hidden", hidden)
         self.activation = activation
         self.with_scale = with_scale
-        self.body = MLP([latent_dim, *hidden, math.prod(output_shape) * (2 if with_scale else 1)], activation)
+        outputs = math.prod(self.output_shape) * (2 if with_scale else 1)
+        self.body = MLP([self.latent_dim, *self.hidden, outputs], activation)
 
     def forward(self, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """``z`` of shape ``[..., latent_dim]`` to ``[..., *output_shape]`` (twice, with ``with_scale``)."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ppl_models.networks.denoiser import Denoiser, starting_at_zero
 from ppl_models.networks.time_embedding import TimeEmbedding
+from ppl_models.whole_numbers import whole_count
 
 
 class _Block(nn.Module):
@@ -75,8 +76,7 @@ class ResidualMLP(Denoiser):
                 )
             self.outputs = outputs
         self._stated_outputs = outputs
-        if hidden < 1 or blocks < 1:
-            raise ValueError(f"expected hidden >= 1 and blocks >= 1, got {hidden} and {blocks}")
+        hidden, blocks = whole_count("hidden", hidden), whole_count("blocks", blocks)
         self.hidden = hidden
         self.time = TimeEmbedding(hidden)
         self.first = nn.Linear(self.size * self.inputs, hidden)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ppl_models.processes.class_law import ClassLaw
 from ppl_models.processes.transitions import Transitions
+from ppl_models.whole_numbers import sizes
 
 __all__ = ["CategoricalProcess"]
 
@@ -60,7 +61,7 @@ class CategoricalProcess(nn.Module):
                 f"{type(transitions).__name__}: wrap matrices [T, K, K] in DenseTransitions"
             )
         self.transitions = transitions
-        self.data_shape = torch.Size(data_shape)
+        self.data_shape = torch.Size(sizes("data_shape", data_shape))
         self.num_classes = transitions.num_classes
         self.num_timesteps = transitions.num_timesteps
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 
 from ppl_models.processes.schedules import NoiseSchedule
+from ppl_models.whole_numbers import sizes
 
 __all__ = ["GaussianProcess"]
 
@@ -77,7 +77,7 @@ class GaussianProcess(nn.Module):
     def __init__(self, schedule: NoiseSchedule, data_shape: Sequence[int]) -> None:
         super().__init__()
         self.schedule = schedule
-        self.data_shape = torch.Size(data_shape)
+        self.data_shape = torch.Size(sizes("data_shape", data_shape))
         self.num_timesteps = schedule.num_timesteps
         tables = {name: getattr(schedule, name) for name in _TABLES}
         tables |= {f"sqrt_{name}": tables[name].sqrt() for name in _ROOTS}

@@ -35,7 +35,7 @@ class _Mixing(Transitions):
 
     def __init__(self, num_classes: int, num_timesteps: int, schedule: Schedule) -> None:
         super().__init__(num_classes, num_timesteps)
-        self.schedule = schedule if isinstance(schedule, str) else torch.as_tensor(schedule).tolist()
+        self.schedule = schedule if isinstance(schedule, str) else betas(schedule, num_timesteps).tolist()
         beta = betas(schedule, num_timesteps)
         refuse_steps(beta, (beta <= 0) | (beta > 1), "beta", "in (0, 1]", "it is the probability of a jump")
         log_kept = F.pad(torch.log1p(-beta).cumsum(0), (1, 0))  # log a_t, t = 0..T

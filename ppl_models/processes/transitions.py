@@ -224,7 +224,12 @@ def betas(schedule: Schedule, num_timesteps: int) -> Tensor:
         if schedule == "reciprocal":
             return 1 / (num_timesteps - t[1:] + 1)
         raise ValueError(f"expected a schedule among cosine, linear, reciprocal, or T numbers, got {schedule!r}")
-    values = torch.as_tensor(schedule, dtype=torch.float64)
+    try:
+        values = torch.as_tensor(schedule, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"expected a schedule among cosine, linear, reciprocal, or T numbers, got {schedule!r}"
+        ) from None
     if values.shape != (num_timesteps,):
         raise ValueError(
             f"expected one number for each of the {num_timesteps} steps, got shape {list(values.shape)}: "

@@ -268,7 +268,11 @@ def test_float32_and_gradients_of_all_parameters():
         (lambda p: DiffusionLoss(p, timesteps="sobol"), ValueError, "timesteps among uniform, stratified, loss_second"),
         (lambda p: DiffusionLoss(p, "hybrid"), ValueError, "auxiliary_weight with weights='hybrid' and only there"),
         (lambda p: DiffusionLoss(p, "vlb", auxiliary_weight=1.0), ValueError, "and only there, got 1.0 with 'vlb'"),
-        (lambda p: DiffusionLoss(p, "hybrid", auxiliary_weight=-1.0), ValueError, "auxiliary_weight > 0, got -1"),
+        (
+            lambda p: DiffusionLoss(p, "hybrid", auxiliary_weight=-1.0),
+            ValueError,
+            "auxiliary_weight to be a positive finite number, got -1",
+        ),
     ],
 )
 def test_bad_calls_are_refused(call, error, match):

@@ -1,12 +1,13 @@
-"""Whole numbers that a caller gives: refused in one sentence where they are something else, never truncated."""
+"""Numbers that a caller gives: refused in one sentence where they are something else, never truncated."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["seed_number", "whole_count", "whole_number", "whole_numbers"]
+__all__ = ["positive_number", "seed_number", "sizes", "whole_count", "whole_number", "whole_numbers"]
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -59,6 +60,45 @@ def whole_count(name: str, value: Any) -> int:
         number = 0
     if number < 1:
         raise ValueError(f"expected a whole {name} >= 1, got {value!r}")
+    return number
+
+
+def sizes(name: str, values: Any) -> list[int]:
+    """A shape or widths as a list of ints, each of at least one.
+
+    Raises:
+        TypeError: no sequence of whole numbers.
+        ValueError: one below one.
+
+    Example:
+        >>> sizes("data_shape", (8, 8))
+        [8, 8]
+    """
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        example = f"({values},)" if isinstance(values, int) else "(8, 8)"
+        raise TypeError(f"expected {name} as a sequence of sizes such as {example}, got {values!r}")
+    found = [whole_number(name, value) for value in values]
+    if any(size < 1 for size in found):
+        raise ValueError(f"expected sizes >= 1 as {name}, got {found}")
+    return found
+
+
+def positive_number(name: str, value: Any) -> float:
+    """``value`` as a float, positive and finite; a bool or text is none.
+
+    Raises:
+        ValueError: anything else.
+
+    Example:
+        >>> positive_number("temperature", 1)
+        1.0
+    """
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"expected {name} to be a positive finite number, got {value!r}")
     return number
 
 
