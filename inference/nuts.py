@@ -159,7 +159,7 @@ def gold_standard(
     import torch
     import xarray
 
-    from inference.bounds.joint import data_plan, latent_values
+    from inference.bounds.joint import data_plan, latent_values, refuse_point_masses
     from inference.progress import Progress
 
     if num_samples < 4 or warmup < 1 or num_chains < 2 or num_guide_draws < 2:
@@ -172,6 +172,7 @@ def gold_standard(
         raise GoldStandardError(f"expected {len(x)} labels, one per datum, got shape {list(names.shape)}")
     with torch.no_grad():
         plan = data_plan(pair, x)
+        refuse_point_masses(plan, "hold against NUTS")
         _refuse_discrete(pair, plan.prototype.model)
         chunks = list(plan.chunks(num_guide_draws))
         guide = {s: torch.cat([latent_values(c, s) for c in chunks]).cpu().numpy() for s in pair.latent_sites}

@@ -286,6 +286,8 @@ def _programs(pair: Any, args: tuple[Any, ...]) -> tuple[Program, Program, tuple
     from ppl_models.pair import ModelGuidePair
 
     if isinstance(pair, ModelGuidePair):
+        if len(args) == 1:
+            pair.check_data(args[0])
         return pair.model, pair.guide, args
     if not args or not callable(args[0]):
         got = type(args[0]).__name__ if args else "nothing"

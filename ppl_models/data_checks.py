@@ -18,7 +18,10 @@ def refuse_where(x: Tensor, bad: Tensor, name: str, expected: str, remedy: str) 
 def refuse_other_than_tensor(x: Tensor, name: str) -> None:
     """Raises TypeError unless x is a tensor."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}; convert with torch.as_tensor")
+        got = type(x).__name__
+        raise TypeError(
+            f"{name}: expected a tensor, got {got}; convert with torch.as_tensor, to the dtype of the parameters"
+        )
 
 
 def refuse_other_than_floats(x: Tensor, name: str) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.data_checks import refuse_other_than_tensor
-from ppl_models.pair import ModelGuidePair
+from ppl_models.pair import ModelGuidePair, refuse_other_dtype
 
 Guide = Literal["exact", "mean_field"]
 
@@ -100,6 +100,11 @@ class LinearGaussian(ModelGuidePair):
     def noise_scale(self) -> Tensor:
         """s, a positive scalar."""
         return self.log_noise_scale.exp()
+
+    def batch_size(self, x: Tensor | None = None, size: int | None = None) -> int:
+        """B; see the base class. Data of another dtype than the parameters are refused."""
+        refuse_other_dtype(x, self.weight)
+        return super().batch_size(x, size)
 
     def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """p(z) p(x | z): sites ``z`` and ``x``."""

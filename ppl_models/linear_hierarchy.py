@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.linear_gaussian import symmetric, widened
-from ppl_models.pair import ModelGuidePair
+from ppl_models.pair import ModelGuidePair, refuse_other_dtype
 
 Guide = Literal["bottom_up", "top_down"]
 
@@ -109,6 +109,11 @@ class LinearHierarchy(ModelGuidePair):
     def depth(self) -> int:
         """L, the number of latent layers."""
         return len(self.weights)
+
+    def batch_size(self, x: Tensor | None = None, size: int | None = None) -> int:
+        """B; see the base class. Data of another dtype than the parameters are refused."""
+        refuse_other_dtype(x, self.prior_loc)
+        return super().batch_size(x, size)
 
     def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """p(z_L) prod p(z_{l-1} | z_l): sites ``z_L`` .. ``z_1`` and ``x``."""

@@ -182,3 +182,18 @@ def _emit(name: str, parameter: Tensor) -> None:
     alias = parameter.view_as(parameter)
     alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
     effectful(lambda *_, **__: alias, type="param")(name, alias, constraint=constraints.real, name=name)
+
+
+def refuse_other_than_pair(value: Any) -> None:
+    """Raises TypeError unless ``value`` is a pair."""
+    if not isinstance(value, ModelGuidePair):
+        hint = "of a model and a guide make one by subclassing ModelGuidePair"
+        raise TypeError(f"expected a ModelGuidePair such as VAE.preset(...), got {type(value).__name__}: {hint}")
+
+
+def refuse_other_dtype(x: Any, reference: Tensor) -> None:
+    """Raises TypeError where ``x`` holds floating-point numbers of another dtype than the parameters."""
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != reference.dtype:
+        raise TypeError(
+            f"expected x in {reference.dtype}, as the parameters are, got {x.dtype}: convert with x.to({reference.dtype})"
+        )

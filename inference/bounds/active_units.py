@@ -23,7 +23,7 @@ from inference.bounds.moments import Moments
 from inference.bounds.particles import Particles
 from inference.bounds.validity import closed_form_sites
 from inference.printed import Printed
-from ppl_models.pair import ModelGuidePair
+from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
 
 THRESHOLD = 0.01
 
@@ -116,6 +116,7 @@ def active_units(
         >>> print(active_units(pair, pair.model(size=100).detach()).words())
         site z: 1 of 2 units active; the collapsed carry at most 0 nats each
     """
+    refuse_other_than_pair(pair)
     if len(x) < 2 or num_particles < 2 or not threshold > 0:
         raise ValueError(
             f"expected at least 2 data, num_particles >= 2 and threshold > 0, got {len(x)}, {num_particles} and "

@@ -38,6 +38,7 @@ Schedule = Literal["linear", "sigmoid"]
 MAX_STRETCHES = 20  # parts of the path with step sizes of their own
 WARM_UP_CHAINS = 16  # per datum, over which the acceptance is averaged
 ROWS = 10  # of a table
+ENOUGH_CHAINS = 0.5  # of all, that weights must be worth for their spread to be known
 SIGMOID_REACH = 4.0  # delta of Wu et al. 2017, section 5
 
 
@@ -82,6 +83,22 @@ class AnnealedEvidence(Printed):
         """Standard error of :attr:`mean` for these data; chains of different data are independent."""
         return float(self.std_error.square().sum().sqrt() / self.std_error.numel())
 
+    @property
+    def doubtful(self) -> Tensor:
+        """Data whose standard error may be far too small: weights worth less than half of the chains, bool ``[B]``."""
+        return self.ess < ENOUGH_CHAINS * len(self.log_weights)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What speaks against these numbers, one sentence each; empty where nothing does."""
+        doubtful, size, chains = int(self.doubtful.sum()), self.ess.numel(), len(self.log_weights)
+        if not doubtful:
+            return ()
+        return (
+            f"{doubtful} of {size} data have weights worth less than {ENOUGH_CHAINS * chains:g} of {chains} chains: the bound "
+            "may be loose by more than their standard error says; raise num_temperatures or num_leapfrog",
+        )
+
     def table(self) -> str:
         """The mean over data, then the data whose chains agree least, as text."""
         from inference.views.tables import text_table
@@ -99,13 +116,14 @@ class AnnealedEvidence(Printed):
         ]
         for i in columns[1].argsort(descending=True, stable=True)[:ROWS].sort().values.tolist():
             lower, error, *rest = (float(t[i]) for t in columns)
-            remark = "one chain's weight" if chains > 1 and rest[0] < min(2.0, 0.5 * chains) else ""
+            remark = "few chains count" if rest[0] < ENOUGH_CHAINS * chains else ""
             rows.append([str(i), f"{lower:.4f}", f"{error:.4f}", *(f"{number:.2f}" for number in rest), remark])
         header = ["datum", "log p(x) >=", "+- SE", "ess", "acceptance", "divergences", ""]
         which = f"; the {ROWS} largest errors" if count > ROWS else ""
         steps = len(self.temperatures) - 1
         title = f"annealed importance sampling from the {self.start}, nats, {count} data{which}; {chains} chains, {steps} steps"
-        return "\n".join([title, text_table(header, rows), f"  ({self.note})"])
+        warnings = (f"  warning: {text}" for text in self.warnings)
+        return "\n".join([title, text_table(header, rows), f"  ({self.note})", *warnings])
 
 
 def annealed_evidence(

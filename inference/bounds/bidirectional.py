@@ -26,7 +26,7 @@ from inference.bounds.annealing import ROWS, AnnealedEvidence, Path, seeded
 from inference.bounds.particles import make_plan
 from inference.bounds.support import ZeroOutsideSupport
 from inference.printed import Printed
-from ppl_models.pair import ModelGuidePair
+from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,6 +98,7 @@ def bidirectional_evidence(
         >>> both.gap.shape, abs(both.mean_gap) < 0.5
         (torch.Size([5]), True)
     """
+    refuse_other_than_pair(pair)
     if num_data < 1:
         raise ValueError(f"expected num_data >= 1, got {num_data}")
     with torch.no_grad(), seeded(seed):

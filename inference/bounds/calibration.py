@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from pyro import poutine
 from torch import Tensor
 
-from inference.bounds.joint import data_plan, latent_values, log_joint
+from inference.bounds.joint import data_plan, latent_values, log_joint, refuse_point_masses
 from inference.bounds.particles import ELEMENTS_AT_ONCE, collect
 from inference.bounds.uniformity import chi_square
 from inference.printed import Printed
 from inference.progress import Progress
 from inference.views.tables import text_table
-from ppl_models.pair import ModelGuidePair
+from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
 
 JOINT = "log p(x, z)"
 LEVEL = 0.01
@@ -134,6 +134,7 @@ def simulation_based_calibration(
         >>> bool((calibration.chi_square < 63.7).all())
         True
     """
+    refuse_other_than_pair(pair)
     if num_draws < 1 or num_simulations < 5 * num_bins:
         raise ValueError(
             f"expected num_draws >= 1 and at least 5 simulations a bin, got {num_draws} draws and {num_simulations} "
@@ -164,6 +165,7 @@ def _simulate(pair: ModelGuidePair, size: int, num_draws: int) -> tuple[list[str
     ranks: list[Tensor] = []
     elements = 0
     plan = data_plan(pair, x)
+    refuse_point_masses(plan, "rank true latents among its draws")
     chunks = list(plan.chunks(num_draws, num_draws))
     for site in pair.latent_sites:
         draws = torch.cat([latent_values(chunk, site) for chunk in chunks]).reshape(num_draws, size, -1)

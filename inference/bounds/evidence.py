@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import xarray
 
 ROWS = 10
+LARGEST_ERROR = 0.5  # nats: beyond it the delta method, of relative errors, says little; it never says more than 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,6 +90,11 @@ class Evidence(Printed):
         return int((self.k_hat > BAD_K_HAT).sum())
 
     @property
+    def doubtful(self) -> Tensor:
+        """Data whose standard error may be far too small: k-hat above 0.7, or an error above 0.5 nats; bool ``[B]``."""
+        return (self.k_hat > BAD_K_HAT) | (self.std_error > LARGEST_ERROR)
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What speaks against these numbers, one sentence each; empty where nothing does."""
         size, found = self.k_hat.numel(), list(self.missed_by_guide)
@@ -96,6 +102,12 @@ class Evidence(Printed):
             found.append(
                 f"{self.num_bad_k_hat} of {size} data have k-hat above {BAD_K_HAT}: there the bound may be loose and its "
                 "standard error too small; use a wider or better guide, or annealed importance sampling"
+            )
+        wide = int(((self.std_error > LARGEST_ERROR) & ~(self.k_hat > BAD_K_HAT)).sum())
+        if wide:
+            found.append(
+                f"{wide} of {size} data have standard errors above {LARGEST_ERROR} nats: a few draws outweigh the others, and "
+                "the error itself is not known; draw more particles"
             )
         unknown = int(self.k_hat.isnan().sum())
         if unknown:

@@ -45,6 +45,7 @@ class InferenceGap(Printed):
     """log p(x) - ELBO(x) of each datum and its two parts; ``[B]`` nats each, with standard errors.
 
     Both gaps are at least zero up to their errors (an amortisation gap below zero means that the search did not converge).
+    ``evidence_is_bound``: log p(x) was estimated, from below. ``warnings`` are those of that estimate.
     """
 
     elbo: Tensor
@@ -56,6 +57,8 @@ class InferenceGap(Printed):
     amortisation_gap: Tensor
     amortisation_gap_error: Tensor
     refinement: Refinement
+    evidence_is_bound: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def approximation_gap(self) -> Tensor:
@@ -89,9 +92,17 @@ class InferenceGap(Printed):
         ]
         cells = [[name, f"{float(v.mean()):.4f}", f"{_error_of_mean(e):.4f}"] for name, v, e in rows]
         text = text_table(["nats, mean over data", "value", "+- SE"], cells)
-        if not self.refinement.converged:
+        bound = "log p(x) is a lower bound"
+        if not self.refinement.converged and not self.evidence_is_bound:
             text += "\n  the split is a bound only: approximation gap at most, amortisation gap at least as shown"
-        return f"{text}\n  ({self.refinement.words()})"
+        elif not self.refinement.converged:
+            text += (
+                f"\n  {bound} and the search did not converge: inference and amortisation gap are at least as shown, the "
+                "approximation gap may be either side of it"
+            )
+        elif self.evidence_is_bound:
+            text += f"\n  {bound}: approximation and inference gap are at least as shown"
+        return "\n".join([text, f"  ({self.refinement.words()})", *(f"  warning: {each}" for each in self.warnings)])
 
 
 def inference_gap(
@@ -122,7 +133,7 @@ def inference_gap(
 
     Raises:
         NotRefinableError: a guide law has no location and scale.
-        ValueError: ``num_particles`` below 2, an evidence of another shape than ``[B]``, or a search that
+        ValueError: ``num_particles`` below 2, an evidence of another shape than ``[B]`` or not finite, or a search that
             :func:`refine_guide` refuses.
 
     Example:
@@ -156,6 +167,8 @@ def inference_gap(
         difference.mean,
         difference.std_error,
         refinement,
+        not isinstance(log_evidence, Tensor),
+        tuple(getattr(log_evidence, "warnings", ())),
     )
 
 
@@ -167,8 +180,19 @@ def _evidence(given: Tensor | EvidenceEstimate, count: int) -> tuple[Tensor, Ten
             f"expected log_evidence of shape [B] = [{count}], got {list(value.shape)}: one number per datum"
         )
     value = value.detach().to(torch.float64)
+    refuse_not_finite(value)
     error = torch.zeros_like(value) if isinstance(given, Tensor) else given.std_error.detach().to(torch.float64)
     return value, error
+
+
+def refuse_not_finite(log_evidence: Tensor) -> None:
+    """Raises ValueError at the first datum whose log p(x) is NaN or infinite."""
+    bad = ~log_evidence.isfinite()
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        raise ValueError(
+            f"expected a finite log_evidence, got {float(log_evidence[i])} at datum {i}: leave that datum out"
+        )
 
 
 def _error_of_mean(errors: Tensor) -> float:

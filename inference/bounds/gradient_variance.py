@@ -25,6 +25,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -232,7 +233,7 @@ class _WithoutPaths(Messenger):
 def _reaching(law: Any, value: Tensor, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """Parameters with a path to the law: to its log-density, or to a point mass's place, which has no density."""
     base = law
-    while isinstance(base, torch.distributions.Independent):
+    while isinstance(base, (torch.distributions.Independent, pyro.distributions.MaskedDistribution)):
         base = base.base_dist
     outputs = [law.log_prob(value), *([base.v] if hasattr(base, "v") else [])]
     outputs = [output.sum() for output in outputs if output.requires_grad]

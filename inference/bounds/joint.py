@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from inference.bounds.closed_forms import is_point_mass
 from inference.bounds.moments import Moments
 from inference.bounds.particles import PairError, Particles, Plan, Program, Site, forked_rng, make_plan
-from ppl_models.pair import ModelGuidePair
+from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
 
 
 def data_plan(pair: ModelGuidePair, x: Tensor, guide: Program | None = None) -> Plan:
@@ -28,9 +29,13 @@ def data_plan(pair: ModelGuidePair, x: Tensor, guide: Program | None = None) -> 
         guide: another guide in place of the pair's own.
 
     Raises:
+        TypeError: not a pair.
+        ValueError: data that the pair cannot have made.
         PairError: sites do not match, or are not all inside one data plate.
         NotANumberError: a log-density is NaN.
     """
+    refuse_other_than_pair(pair)
+    pair.check_data(x)
     plan = make_plan(pair.model, guide or pair.guide, (x,), {})
     if plan.nesting != 1 or plan.shape != x.shape[:1]:
         raise PairError(
@@ -39,6 +44,30 @@ def data_plan(pair: ModelGuidePair, x: Tensor, guide: Program | None = None) -> 
             "as event dims"
         )
     return plan
+
+
+def refuse_point_masses(plan: Plan, purpose: str) -> None:
+    """Refuses guides that put a latent at a point, where a density q(z | x) is asked for.
+
+    Args:
+        plan: from :func:`data_plan`.
+        purpose: what the density is wanted for, as in "take the ELBO apart".
+
+    Raises:
+        PairError: the guide has a point mass where the model has none; the message names the site.
+    """
+    model, guide = plan.prototype.model, plan.prototype.guide
+    for name, site in guide.items():
+        if (
+            name in model
+            and is_point_mass(site["fn"])
+            and not is_point_mass(model[name]["fn"])
+            and set(guide) <= set(model)
+        ):
+            raise PairError(
+                f"expected a guide with a density at site {name!r} to {purpose}, got a point mass (Delta), as of an "
+                "autoencoder or a VQ-VAE: its bound is what decompose_elbo shows"
+            )
 
 
 def log_joint(particles: Particles) -> Tensor:

@@ -27,7 +27,8 @@ from inference.bounds.annealing import AnnealedEvidence, annealed_evidence, seed
 from inference.bounds.bidirectional import bidirectional_evidence, standard_error
 from inference.bounds.importance import log_evidence
 from inference.printed import Printed
-from ppl_models.pair import ModelGuidePair
+from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
+from ppl_models.whole_numbers import whole_numbers
 
 FALSE_ALARM = 1e-6  # probability that a ladder in order fails its check, over all comparisons
 ROUNDING_STEPS = 64  # units in the last place of a log-density that rounding may move a rung
@@ -38,7 +39,8 @@ class Rung:
     """One number of the ladder: ``values`` ``[B]`` nats, their ``mean``, and its standard error for these data.
 
     ``kind`` says whether it is a lower bound in expectation, exact, or an upper bound in expectation. The error of the
-    upper bound is that of its mean distance, over data, from the exact value or else from AIS.
+    upper bound is that of its mean distance, over data, from the exact value or else from AIS. ``doubt`` says why the error
+    may be far too small, and is empty where nothing speaks against it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Rung:
     mean: float
     mean_std_error: float
     meaning: str
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class LadderCheck:
     """Whether the rungs stand in order, each pair judged at ``threshold`` standard errors.
 
     ``z_values`` maps (lower rung, higher rung) to (difference / its standard error): at least -threshold if in order.
-    ``violations`` are sentences on broken theorems, ``remarks`` on AIS below another lower bound, which is none.
+    ``violations`` are sentences on broken theorems, ``remarks`` on AIS below another lower bound, which is none, and on rungs
+    out of order whose standard errors are in doubt, which proves nothing.
     """
 
     holds: bool
@@ -138,7 +142,10 @@ class Ladder(Printed):
             z_values[below.name, above.name] = z
             if z < -threshold:
                 text = f"{above.name} is {-gap.value:.3g} nats below {below.name} (z {z:.1f})"
-                if above.name == "AIS":
+                doubt = above.doubt or below.doubt
+                if doubt:
+                    remarks.append(f"{text}, but its error is in doubt: {doubt}")
+                elif above.name == "AIS":
                     remarks.append(f"{text}, against no theorem: raise num_temperatures or num_leapfrog")
                 else:
                     violations.append(text)
@@ -192,7 +199,8 @@ def evidence_ladder(
         >>> [rung.name for rung in ladder.rungs], ladder.check().holds
         (['ELBO', 'IWAE-10', 'IWAE-100', 'AIS', 'exact', 'reverse AIS'], True)
     """
-    counts = sorted(set(num_particles))
+    refuse_other_than_pair(pair)
+    counts = sorted(set(whole_numbers("num_particles", num_particles)))
     if not counts or counts[0] < 1:
         raise ValueError(f"expected num_particles with at least one K >= 1, got {list(num_particles)}")
     with torch.no_grad(), seeded(seed):
@@ -214,9 +222,9 @@ def _build(
     for k in counts:
         e = log_evidence(pair.model, pair.guide, x, num_particles=k)
         meaning = f"log of the mean of {k} importance weights"
-        rungs.append(
-            Rung(f"IWAE-{k}", "lower", e.log_evidence, float(e.log_evidence.mean()), e.mean_std_error, meaning)
-        )
+        doubt = _doubt(e.doubtful, "k-hat above 0.7 or errors above 0.5 nats")
+        mean = float(e.log_evidence.mean())
+        rungs.append(Rung(f"IWAE-{k}", "lower", e.log_evidence, mean, e.mean_std_error, meaning, doubt))
     error = float(e.elbo_std_error.square().sum().sqrt()) / e.elbo.numel()
     elbo = Rung(
         "ELBO", "lower", e.elbo, float(e.elbo.mean()), error, f"mean of the log of {counts[-1]} importance weights"
@@ -224,8 +232,9 @@ def _build(
     rungs.insert(0, elbo)
     notes = [f"IWAE-{counts[-1]}: {warning}" for warning in e.warnings]
     meaning = f"annealed importance sampling, {_settings(annealed)}"
-    rungs.append(Rung("AIS", "lower", annealed.log_lower, annealed.mean, annealed.mean_std_error, meaning))
-    notes.append(f"AIS: {_transitions(annealed)}")
+    doubt = _doubt(annealed.doubtful, "weights worth less than half of their chains")
+    rungs.append(Rung("AIS", "lower", annealed.log_lower, annealed.mean, annealed.mean_std_error, meaning, doubt))
+    notes += [f"AIS: {_transitions(annealed)}", *(f"AIS: {warning}" for warning in annealed.warnings)]
     reference = annealed.log_lower
     exact = getattr(pair, "log_evidence", None)
     if exact is not None:
@@ -238,6 +247,11 @@ def _build(
     epsilon = torch.finfo(next(iter(pair.parameters()), torch.empty(0)).dtype).eps
     resolution = ROUNDING_STEPS * epsilon * max(1.0, *(abs(rung.mean) for rung in rungs))
     return Ladder(tuple(rungs), x, upper is not None, max(1, pair.data_shape.numel()), resolution, tuple(notes))
+
+
+def _doubt(doubtful: Tensor, reason: str) -> str:
+    count = int(doubtful.sum())
+    return f"{count} of {doubtful.numel()} data have {reason}" if count else ""
 
 
 def _settings(annealed: AnnealedEvidence) -> str:

@@ -22,7 +22,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference.bounds.closed_forms import is_point_mass
 from inference.bounds.sites import (
@@ -131,6 +131,19 @@ class Plan:
         return total.unsqueeze(0) if particles.dim is None else total
 
 
+def _warn_of_training_mode(model: Program) -> None:
+    """Says that measuring changes a network with batch statistics, or is one of networks with dropout."""
+    owner = getattr(model, "__self__", None)
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    acting = [m for m in owner.modules() if isinstance(m, kinds) and m.training] if isinstance(owner, nn.Module) else []
+    if acting:
+        warnings.warn(
+            f"{type(acting[0]).__name__} is in training mode: each draw has its own noise or moves its statistics; call "
+            "pair.eval() to measure what is used after training",
+            stacklevel=4,
+        )
+
+
 def make_plan(
     model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], vectorize: bool | None = None
 ) -> Plan:
@@ -156,6 +169,7 @@ def make_plan(
                 f"expected two Pyro programs and what they are called with, got a {type(program).__name__} as {name}: of a "
                 "pair they are pair.model and pair.guide, as in decompose_elbo(pair.model, pair.guide, x)"
             )
+    _warn_of_training_mode(model)
     prototype = prototype_draw(model, guide, args, kwargs)
     sites = [s for s in (*prototype.model.values(), *prototype.guide.values()) if not is_deterministic(s)]
     frames = [{f.name: f for f in site["cond_indep_stack"] if f.vectorized} for site in sites]

@@ -24,6 +24,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -100,7 +101,9 @@ class OnSupport(TorchDistribution):
         """The law's log-density; minus infinity outside the support. At NaN the law itself answers."""
         nan = _all_of_event(~value.isnan(), self.law.event_dim).logical_not()
         inside = in_support(self.law, value) | nan
-        if bool(inside.all()):
+        if bool(
+            detach_provenance(inside).all()
+        ):  # saves a draw and changes no number, so the program reads nothing here
             return self.law.log_prob(value)
         with forked_rng():  # what is drawn afterwards must not depend on how often densities are asked for
             own_draw = self.law.sample()  # where the law's formula may be evaluated; its result there is replaced

@@ -21,7 +21,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from inference.bounds.joint import data_plan, latent_values, log_guide, log_joint
+from inference.bounds.joint import data_plan, latent_values, log_guide, log_joint, refuse_point_masses
 from inference.bounds.moments import Moments
 from inference.bounds.particles import ELEMENTS_AT_ONCE, PARTICLES, PairError, Plan
 from inference.printed import Printed
@@ -86,6 +86,7 @@ def elbo_surgery(pair: ModelGuidePair, x: Tensor, *, num_particles: int = 10) ->
     rate, information, marginal = Moments(), Moments(), Moments()
     with torch.no_grad(), Progress("surgery on the ELBO", num_particles, unit="draws") as progress:
         plan = data_plan(pair, x)
+        refuse_point_masses(plan, "take the rate apart")
         if not plan.vectorized:
             raise PairError(
                 f"expected programs that run under an outer plate, but {plan.note}: accept leading batch dims"

@@ -7,7 +7,8 @@ The three are means over x ~ p_data of log p_data(x) - ELBO(x), log p_data(x) - 
 
 Conventions. Nats per datum; standard errors are over the data and hold the draws' own noise. The total is estimated from
 draws of the whole joint, the inference error from a second, independent set with closed-form KL terms where these are
-valid: their difference, ``residual``, tests the identity. The one constraint: x are independent draws of p_data.
+valid: their difference, ``residual``, compares the two. It says nothing of log p(x), which cancels in it; that a divergence
+comes out below zero does. The one constraint: x are independent draws of p_data.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ import torch
 from torch import Tensor
 
 from inference.bounds.decomposition import decompose_elbo
-from inference.bounds.gaps import EvidenceEstimate
+from inference.bounds.gaps import EvidenceEstimate, refuse_not_finite
 from inference.bounds.joint import data_plan, log_ratio
 from inference.bounds.moments import Moments
 from inference.printed import Printed
 from inference.training.densities import log_density
 from inference.views.tables import text_table
-from ppl_models.pair import ModelGuidePair
+from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
+
+IMPOSSIBLE = 5.0  # standard errors below zero at which a divergence is none
+ROUNDING = 1e-4  # relative, of densities in float32
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,7 +38,7 @@ class TotalError(Printed):
     """The three errors in nats, means over data, with standard errors.
 
     ``residual`` = total - (modelling + inference), whose standard error is that of the draws of z alone (the same data
-    are in all three).
+    are in all three). ``evidence_is_bound``: log p(x) was estimated, from below.
     """
 
     total: float
@@ -46,6 +50,24 @@ class TotalError(Printed):
     residual: float
     residual_error: float
     num_data: int
+    evidence_is_bound: bool = False
+    evidence_warnings: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What speaks against these numbers, one sentence each; empty where nothing does."""
+        found = list(self.evidence_warnings)
+        causes = {
+            "modelling": "log_evidence is too high, or the data are not drawn from the density",
+            "inference": "log_evidence is too low",
+        }
+        for name, cause in causes.items():
+            value, error = getattr(self, name), getattr(self, f"{name}_error")
+            if value < -(IMPOSSIBLE * error + ROUNDING * (1 + abs(self.total))):
+                found.append(
+                    f"the {name} error is a divergence, and {value:.3g} +- {error:.2g} is far below zero: {cause}"
+                )
+        return tuple(found)
 
     @property
     def z_score(self) -> float:
@@ -66,7 +88,10 @@ class TotalError(Printed):
         ]
         cells = [[name, f"{value:.4f}", f"{error:.4f}"] for name, value, error in rows]
         text = text_table([f"nats, mean over {self.num_data} data", "value", "+- SE"], cells)
-        return f"{text}\n  (identity: z = {self.z_score:+.2f})"
+        lines = [text, f"  (z of the last row {self.z_score:+.2f}: total and inference error have draws of their own)"]
+        if self.evidence_is_bound:
+            lines.append("  log p(x) is a lower bound: modelling error at most, inference error at least as shown")
+        return "\n".join([*lines, *(f"  warning: {each}" for each in self.warnings)])
 
 
 def total_error(
@@ -93,8 +118,8 @@ def total_error(
         :class:`TotalError`.
 
     Raises:
-        ValueError: fewer than two data, an evidence or density of another shape, an unknown name, or data to which
-            the density gives no probability.
+        ValueError: fewer than two data, an evidence or density of another shape, an evidence that is not finite, an unknown
+            name, or data to which the density gives no probability.
 
     Example:
         >>> from ppl_models import LinearGaussian
@@ -104,6 +129,8 @@ def total_error(
         >>> abs(errors.total) < 1e-4, abs(errors.modelling) < 1e-4, abs(errors.z_score) < 6
         (True, True, True)
     """
+    refuse_other_than_pair(pair)
+    pair.check_data(x)
     if len(x) < 2:
         raise ValueError(f"expected at least two data, got {len(x)}: one has no standard error")
     with torch.no_grad():
@@ -121,6 +148,7 @@ def total_error(
             log_evidence = importance_weighted(pair.model, pair.guide, x, num_particles=10 * num_particles)
         value = log_evidence if isinstance(log_evidence, Tensor) else log_evidence.log_evidence
         evidence = _per_datum("log_evidence", value, len(x))
+        refuse_not_finite(evidence)
         drawn = Moments()
         for particles in data_plan(pair, x).chunks(num_particles):
             drawn.add(log_ratio(particles))
@@ -136,6 +164,8 @@ def total_error(
         float((total - modelling - inference).mean()),
         float(noise),
         len(x),
+        not isinstance(log_evidence, Tensor),
+        tuple(getattr(log_evidence, "warnings", ())),
     )
 
 

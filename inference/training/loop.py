@@ -23,7 +23,7 @@ from inference.training.objective_choice import objective_of, warmup_epochs
 from inference.training.runs import FORMAT, Run, RunError, description_of, environment, load_run, save_model
 from inference.training.storage import RunLock, make_folder
 from inference.training.texts import read_yaml, write_json, write_yaml
-from ppl_models.pair import ModelGuidePair
+from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
 
 _DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.float32}
 
@@ -89,11 +89,7 @@ def fit(
     if config is not None and options:
         raise ConfigError(f"expected either config or options, got both: put {', '.join(options)} into the config")
     config = config or make_config(options)
-    if not isinstance(pair, ModelGuidePair):
-        raise TypeError(
-            f"expected a ModelGuidePair such as VAE.preset(...), got {type(pair).__name__}: a model and a guide of your own "
-            "become one by subclassing it"
-        )
+    refuse_other_than_pair(pair)
     spec = data if isinstance(data, str) else spec
     folder = None if out is None else Path(out)
     _check_config(config, folder, resume)

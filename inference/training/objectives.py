@@ -26,7 +26,7 @@ from inference.bounds.particles import Plan, forked_rng, make_plan
 from inference.bounds.sites import PairError, Site, is_deterministic
 from inference.bounds.validity import ClosedForms, find_closed_forms
 from ppl_models.evaluation_mode import evaluating
-from ppl_models.pair import ModelGuidePair
+from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
 from ppl_models.whole_numbers import whole_count
 
 
@@ -77,6 +77,7 @@ class ElboLoss(nn.Module):
 
     def __init__(self, pair: ModelGuidePair, num_particles: int = 1, closed_form: bool = True) -> None:
         super().__init__()
+        refuse_other_than_pair(pair)
         self.pair = pair
         self.num_particles = whole_count("num_particles", num_particles)
         self.closed_form = closed_form

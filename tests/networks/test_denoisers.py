@@ -136,7 +136,7 @@ def test_evaluation_mode_gives_the_same_numbers(network):
 REFUSED = [
     (lambda: ResidualMLP((4,), hidden=0), "hidden >= 1"),
     (lambda: ResidualMLP((4,), blocks=0), "blocks >= 1"),
-    (lambda: ResidualMLP((4, 0)), "positive sizes"),
+    (lambda: ResidualMLP((4, 0)), "sizes >= 1 as data_shape, got"),
     (lambda: ResidualMLP((4,), num_classes=1), "num_classes >= 2, got 1"),
     (lambda: ResidualMLP((4,), num_classes=3, with_variance=True), "got both"),
     (lambda: UNet((7, 8)), r"at least 8x8, got \[7, 8\]: use ResidualMLP"),

@@ -133,7 +133,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "arguments of another type": ({"class": "LinearGaussian", "data_dim": "3", "latent_dim": 2}, "does not describe"),
     "arguments out of range": (
         {"class": "VAE", "encoder": VALID, "decoder": VALID, "latent_dim": 0, "likelihood": VALID},
-        "expected latent_dim >= 1, got 0",
+        "expected a whole latent_dim >= 1, got 0",
     ),
 }
 
