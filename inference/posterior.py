@@ -266,7 +266,10 @@ def plot_posterior(
     }
     if kind == "forest":
         # A row is 0.25 inch, so that labels neither touch nor float apart however many rows there are.
-        size: dict[str, Any] = {"figsize": (7.0, 1.4 + 0.25 * rows), "width_ratios": [1, 2], "layout": "constrained"}
+        # The names of a label's dimensions stand side by side below, an inch each.
+        names = 1.0 + len({dim for variable in draws.data_vars.values() for dim in variable.dims if dim != DRAW})
+        figsize, ratios = (4.6 + names, 1.4 + 0.25 * rows), [names, 4.6]
+        size: dict[str, Any] = {"figsize": figsize, "width_ratios": ratios, "layout": "constrained"}
         drawn = plot_forest(shown, ci_probs=(0.5, 0.89), figure_kwargs=size, **common)
         title = f"{group}: mean, 50 % and 89 % central intervals"
     else:

@@ -153,7 +153,7 @@ class DDPM(Diffusion):
             variance: see the class.
 
         Raises:
-            ValueError: an unknown name, or what schedule and network refuse.
+            ValueError: an unknown name, images with their channels last, or what schedule and network refuse.
         """
         schedules = {name: getattr(NoiseSchedule, name) for name in ("linear", "cosine", "geometric")}
         if schedule not in schedules:
@@ -165,6 +165,13 @@ class DDPM(Diffusion):
         else:
             steps = schedules[schedule](num_timesteps)
         on_grid = predict == "eps" and learned and levels is not None
+        shape = sizes("data_shape", data_shape)
+        last = len(shape) == 3 and shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4)
+        if network in ("auto", "unet") and last and min(shape[:2]) >= 8:
+            raise ValueError(
+                f"expected images with their channels first, {[shape[2], *shape[:2]]}, got {shape}: permute the data, or take "
+                "network='mlp', for which their order does not matter"
+            )
         if network == "auto":
             few = levels is not None and levels <= _FEW_LEVELS
             large = len(data_shape) in (2, 3) and min(data_shape[-2:]) >= _LARGE_SIDE

@@ -26,6 +26,7 @@ from inference.printed import Printed
 from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
 
 THRESHOLD = 0.01
+IDLE = 0.1  # nats that a unit whose law is the prior's, as a collapsed one's, may cost
 
 
 class NoMeanError(ValueError):
@@ -61,11 +62,16 @@ class SiteUnits:
         text = f"site {self.site}: {self.count} of {total} units active"
         if self.count == total:
             return text
-        if self.count == 0:
-            text = f"site {self.site}: COLLAPSED, none of {total} units is active"
-        if self.kl is None:
-            return f"{text}; what the others carry is not known in closed form"
-        return f"{text}; the collapsed carry at most {float(self.kl[~self.active].max()):.2g} nats each"
+        most = None if self.kl is None else float(self.kl[~self.active].max())
+        if self.count == 0:  # a unit whose mean hardly moves with x may still have a law that is not the prior's
+            how = "" if most is not None and most > IDLE else "COLLAPSED, "
+            text = f"site {self.site}: {how}none of {total} units is active"
+        others = "they" if self.count == 0 else "the others"
+        if most is None:
+            return f"{text}; what {others} cost is not known in closed form"
+        if most > IDLE:
+            return f"{text}; {others} cost up to {most:.2g} nats each, for laws that differ from the prior's alike for all data"
+        return f"{text}; {others} cost at most {most:.2g} nats each"
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,7 +120,7 @@ def active_units(
         >>> weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]])  # x does not depend on z[1]
         >>> pair = LinearGaussian(weight, torch.zeros(2), noise_scale=0.5)
         >>> print(active_units(pair, pair.model(size=100).detach()).words())
-        site z: 1 of 2 units active; the collapsed carry at most 0 nats each
+        site z: 1 of 2 units active; the others cost at most 0 nats each
     """
     refuse_other_than_pair(pair)
     if len(x) < 2 or num_particles < 2 or not threshold > 0:

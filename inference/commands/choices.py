@@ -92,6 +92,7 @@ def choose(name: str, options: TrainOptions) -> tuple[TrainOptions, DataSet]:
         shared["hidden"] = (hidden,) if isinstance(hidden, int) else hidden and tuple(hidden)
     chosen = {
         "data": spec,
+        "start_from": options.start_from and str(Path(options.start_from).expanduser().absolute()),
         "likelihood": likelihood,
         "scaling": data.scaling,
         "binarization": data.binarization,

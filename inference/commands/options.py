@@ -17,6 +17,8 @@ from pydantic import Field, ValidationError, field_validator
 from inference.training.config import ConfigError, TrainConfig, explain
 from inference.training.texts import read_yaml
 
+OPTIONS_FILE = "options.yaml"  # in a RUN: what it was told, as --config reads it
+
 
 class TrainOptions(TrainConfig):
     """The data, the parts of the pair, and every field of :class:`~inference.training.config.TrainConfig`.
@@ -48,6 +50,7 @@ class TrainOptions(TrainConfig):
         None, description="hidden widths of the encoder, which the decoder mirrors; one width for a diffusion's network"
     )
     activation: Literal["tanh", "relu", "silu", "gelu"] | None = Field(None, description="between the layers")
+    start_from: str | None = Field(None, description="a RUN of the same pair, whose weights to begin with")
     pair: dict[str, Any] = Field(default_factory=dict, description="the system's other choices, by name")
 
     @field_validator("hidden", mode="before")
@@ -107,8 +110,8 @@ def gather_options(
     told = read_yaml(file) if file is not None else {}
     if "format" in told:
         raise ConfigError(
-            f"{file}: expected a file of options, got the record of a run: the command that began it, with --resume, goes on "
-            "with it, and the text printed at its start is a file of its options"
+            f"{file}: expected a file of options, got the record of a run: {OPTIONS_FILE} beside it is one, and --resume goes "
+            "on with the run"
         )
     options = {**told, **stated}
     if choices:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from pydantic_core import PydanticUndefined
 
-from inference.commands.options import TrainOptions, gather_options
+from inference.commands.options import OPTIONS_FILE, TrainOptions, gather_options
 from inference.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from ppl_models.pair import ModelGuidePair
 
 RUN = "The run"
 PAIR = "The pair"
@@ -45,6 +49,7 @@ def train(
         Path | None,
         typer.Option(metavar="FILE.yaml", help="options as YAML; the command line wins over it", rich_help_panel=RUN),
     ] = None,
+    start_from: Annotated[str | None, _option("start_from", "RUN", RUN)] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help=f"any option by its key: {KEYS}", rich_help_panel=RUN),
@@ -93,8 +98,9 @@ def train(
 ) -> None:
     """Train a pair on data by stochastic variational inference.
 
-    What you leave out is chosen from the data, and printed before the first step together with everything else: that
-    text is a valid FILE for --config. The same options give the same numbers, bit for bit, on the same machine.
+    What you leave out is chosen from the data, and printed before the first step together with everything else;
+    RUN/options.yaml keeps that text, a valid FILE for --config. The same options give the same numbers, bit for bit, on the
+    same machine. A run that was stopped can be looked at like any other, and --resume goes on with it.
     """
     given = {
         "data": data,
@@ -102,6 +108,7 @@ def train(
         "scaling": scaling,
         "binarization": binarization,
         "test_fraction": test_fraction,
+        "start_from": start_from,
         "latent_dim": latent_dim,
         "hidden": hidden,
         "activation": activation,
@@ -113,6 +120,8 @@ def train(
         "device": device,
         "compile": compile_,
     }
+    if resume and config is None and data is None and (out / OPTIONS_FILE).is_file():
+        config = out / OPTIONS_FILE
     options = gather_options(given, assignments or [], config, pair or [])
     with cpu_threads(threads):
         run_training(system, options, out, resume=resume)
@@ -136,18 +145,31 @@ def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool 
     from inference.commands.choices import build_pair, choose
     from inference.commands.opening import offset_in_words
     from inference.training.loop import fit
+    from inference.training.standardizing import size_hint
+    from inference.training.storage import write_atomic
     from inference.views.report import kept_epoch
     from ppl_models.registry import system as known_system
 
     known_system(system)
     chosen, dataset = choose(system, options)
     pair = build_pair(system, chosen, dataset)
+    if chosen.start_from is not None:
+        _start_from(pair, Path(chosen.start_from))
+    hint = size_hint(dataset)
+    if hint:
+        warnings.warn(hint, stacklevel=1)
+    is_new = not (out / "config.yaml").exists()
     print(f"# configuration of ppl train {system} --out {out}\n{chosen.text()}\n", flush=True)
     try:
         run = fit(pair, dataset, out, config=chosen.train_config(), resume=resume, spec=chosen.data)
     except (KeyboardInterrupt, SystemExit):
-        print(f"ppl: stopped; {out} keeps what was done: the same command with --resume goes on", file=sys.stderr)
+        print(
+            f"ppl: stopped; {out} keeps what was done: --resume goes on, and ppl report {out} shows it", file=sys.stderr
+        )
         raise
+    finally:
+        if is_new and (out / "config.yaml").exists():
+            write_atomic(out / OPTIONS_FILE, f"{chosen.text()}\n".encode())
     row = kept_epoch(run)
     # A diffusion's latents are the process's; no unit of them is learned.
     units = "" if pair.data_site == "x_0" else f"; {row['active_units']:.0f} active units"
@@ -156,5 +178,38 @@ def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool 
         f"({row['validation_bits_per_dim']:.3f} bits/dim) at epoch {row['epoch']:.0f} = "
         f"-(rate {row['validation_rate']:.2f} + distortion {row['validation_distortion']:.2f}){units}\n"
         f"{'' if run.standardization is None else f'of standardised data: {offset_in_words(run.standardization)}{chr(10)}'}"
+        f"{overfit_hint(run.metrics, run.config)}"
         f"the run is in {out}; look at it: ppl report {out}"
     )
+
+
+def overfit_hint(rows: Sequence[Mapping[str, float]], config: Mapping[str, Any]) -> str:
+    """A line on an earlier epoch that was better by far on held-out data, where nothing was to be done about it; or nothing.
+
+    Example:
+        >>> rows = [{"epoch": e, "validation_elbo": v, "validation_std_error": 1.0} for e, v in ((1, -9.0), (2, -20.0))]
+        >>> print(overfit_hint(rows, {"train": {"patience": None}, "validation": "the held-out part"}), end="")
+        it was -9.00 at epoch 1: --set validation_fraction=0.1 --set patience=20 would stop near the best epoch and keep it
+    """
+    best, last = max(rows, key=lambda row: row["validation_elbo"]), rows[-1]
+    if config["train"]["patience"] is not None or str(config["validation"]).startswith("the training data themselves"):
+        return ""
+    if best["validation_elbo"] - last["validation_elbo"] <= 3 * last["validation_std_error"]:
+        return ""
+    return (
+        f"it was {best['validation_elbo']:.2f} at epoch {best['epoch']:.0f}: --set validation_fraction=0.1 --set patience=20 "
+        "would stop near the best epoch and keep it\n"
+    )
+
+
+def _start_from(pair: ModelGuidePair, folder: Path) -> None:
+    from inference.training.config import ConfigError
+    from inference.training.runs import load_run
+
+    try:
+        pair.load_state_dict(load_run(folder).pair.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"start_from: the weights of {folder} do not fit this pair ({str(error).splitlines()[-1].strip()}); state the "
+            f"options that it was trained with, as in {folder / OPTIONS_FILE}"
+        ) from None

@@ -5,6 +5,7 @@ stated, kept in the data set, recorded in a run by `describe`, and never guessed
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ __all__ = [
     "num_batches",
 ]
 
+FEWEST_OF_8_BITS = 32  # no image's largest grey value is below it; of integers that nobody explains
 _SPLIT_SEEDS = {"train": 0, "test": 1}
 
 
@@ -244,6 +246,15 @@ def _state(
         raise DataError(
             f"{source.name}: expected the number of classes to be stated, got integers up to {_largest(source)} without "
             f"it; {remedy} an entry 'levels', {_largest(source) + 1} or more"
+        )
+    if source.levels_assumed and stated == "standard":
+        source = replace(source, levels=None, levels_assumed=False)
+    if source.levels_assumed and stated in ("unit", "symmetric") and _largest(source) < FEWEST_OF_8_BITS:
+        most = _largest(source)
+        raise DataError(
+            f"{source.name}: expected the number of levels to be stated, got integers up to {most} without it, which may be "
+            f"{most + 1} levels or dark 8-bit grey values; add to the file an entry 'levels', {most + 1} or 256, or state "
+            "scaling='standard' or 'none' if they are continuous"
         )
     if (standardization is not None) > (stated == "standard"):
         raise DataError(f"standardization: expected only with scaling 'standard', got it with {stated!r}; leave it out")

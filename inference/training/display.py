@@ -32,16 +32,18 @@ def metrics_line(row: dict[str, float], epochs: int, speed: float, left: float, 
         3/10           -10.50      -11.00   0.10    4.00        7.00     0.250       5    120   1:01
     """
     return f"{int(row['epoch'])}/{epochs}".ljust(9) + (
-        f"{row['train_elbo']:>12.2f}{row['validation_elbo']:>12.2f}{_cell(row['validation_std_error'], 7)}"
-        f"{_cell(row['validation_rate'], 8)}{_cell(row['validation_distortion'], 12)}{row['validation_bits_per_dim']:>10.3f}"
+        f"{_cell(row['train_elbo'], 12)}{_cell(row['validation_elbo'], 12)}{_cell(row['validation_std_error'], 7)}"
+        f"{_cell(row['validation_rate'], 8)}{_cell(row['validation_distortion'], 12)}"
+        f"{_cell(row['validation_bits_per_dim'], 10, 3)}"
         f"{int(row['active_units']) if units else '-':>8}{speed:>7.{0 if speed >= 10 else 1}f}{clock(left):>7}"
     )
 
 
-def _cell(value: float, width: int) -> str:
-    """Two decimals where they leave a space to the left, else as many figures as do."""
-    text = f"{value:.2f}"
-    return (text if len(text) < width else f"{value:.3g}").rjust(width)
+def _cell(value: float, width: int, decimals: int = 2) -> str:
+    """So many decimals where they leave a space to the left, else as many figures as do."""
+    forms = [f"{value:.{places}f}" for places in range(decimals, -1, -1)]
+    text = next((form for form in [*forms, f"{value:.3g}", f"{value:.1g}"] if len(form) < width), f"{value:.0e}")
+    return text.rjust(width) if len(text) < width else f" {text}"
 
 
 def clock(seconds: float) -> str:

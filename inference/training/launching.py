@@ -178,8 +178,8 @@ def _work(fabric: Any, job: Job) -> list[dict[str, float]]:
             if job.resume and trainer.restore():
                 display.message(f"going on after epoch {trainer.epoch}, step {trainer.batch} of the next")
             display.message(
-                f"training {type(job.pair).__name__} ({sum(p.numel() for p in job.pair.parameters()):,} parameters) on "
-                f"{len(job.inputs.rows)} data, validating on {job.inputs.validation_name}; "
+                f"training {_named(job.pair)} ({sum(p.numel() for p in job.pair.parameters()):,} parameters) on "
+                f"{len(job.inputs.rows)} data{_described(job.pair)}, validating on {job.inputs.validation_name}; "
                 f"{fabric.world_size} x {fabric.device.type}"
             )
             trainer.run()
@@ -189,6 +189,21 @@ def _work(fabric: Any, job: Job) -> list[dict[str, float]]:
         if trainer.model is not job.pair:
             job.pair.load_state_dict(trainer.model.state_dict())
     return trainer.rows
+
+
+def _named(pair: ModelGuidePair) -> str:
+    """The pair's kind, and its network's where it is one of several."""
+    network = getattr(pair, "network", None)
+    return type(pair).__name__ if network is None else f"{type(pair).__name__} with a {type(network).__name__}"
+
+
+def _described(pair: ModelGuidePair) -> str:
+    """Shape and levels of a datum, as the pair takes it."""
+    likelihood = getattr(pair, "likelihood", None)
+    levels = getattr(likelihood, "levels", None) or getattr(likelihood, "num_classes", None)
+    shape = "x".join(map(str, pair.data_shape))
+    kind = f" of {levels} {'levels' if hasattr(likelihood, 'levels') else 'classes'}" if levels else ""
+    return f" of {shape} numbers{kind}" if shape else ""
 
 
 def _fabric(config: TrainConfig) -> Any:

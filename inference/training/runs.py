@@ -14,6 +14,7 @@ Weights are safetensors and JSON; nothing is unpickled, and a description can on
 from __future__ import annotations
 
 import platform
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from inference.training.datasets import DataSet, load_data
 from inference.training.divergence import first_bad_parameter
 from inference.training.metrics import read_metrics
 from inference.training.standardizing import Standardization
+from inference.training.states import restore_state
 from inference.training.storage import StorageError, make_folder, read_bytes, sha256, write_atomic
 from inference.training.texts import ContentError, read_json, read_yaml, write_json
 from ppl_models.pair import ModelGuidePair
@@ -86,7 +88,7 @@ class Run:
 
 
 def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:
-    """A run from its folder.
+    """A run from its folder; of one that was stopped, the weights of its last checkpoint.
 
     Args:
         folder: the RUN folder.
@@ -96,6 +98,7 @@ def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:
     Raises:
         RunError: not a run, or a pair is needed and none was given.
         CheckpointError: weights that are damaged or do not belong to the description.
+        UserWarning: the run is unfinished; the message says how far it got.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
@@ -124,7 +127,8 @@ def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:
         raise CheckpointError(
             f"{folder}/model: the weights do not fit the pair: {str(error).splitlines()[-1].strip()}"
         ) from None
-    if read_json(folder / "model" / "config.json").get("pair") != description:
+    model = folder / "model" / "config.json"
+    if model.is_file() and read_json(model).get("pair") != description:
         raise RunError(
             f"{folder}: config.yaml and model/config.json describe different pairs, so one of them was changed after "
             "training: restore it from a copy"
@@ -182,6 +186,20 @@ def _rebuild(description: Any, folder: Path) -> ModelGuidePair:
     return pair
 
 
+def _unfinished(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint's state, averaged ones where there are any, with a word on how far training got."""
+    steps = f" and {state['batch']} steps of the next" if state["batch"] else ""
+    warnings.warn(
+        f"{folder} is an unfinished run: these are its weights after epoch {state['epoch']}{steps}; --resume (or "
+        "fit(..., resume=True)) goes on with it",
+        stacklevel=3,
+    )
+    average = state["optimization"]["average"]
+    if average is None:
+        return state["optimization"]["weights"]
+    return {name.removeprefix("module."): tensor for name, tensor in average.items() if name.startswith("module.")}
+
+
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -191,7 +209,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         found = latest_checkpoint(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
         if found is None:
             raise RunError(f"{folder} has no model yet: its training has not reached a checkpoint")
-        raise RunError(f"{folder} is an unfinished run: go on with --resume (or fit(..., resume=True)) to finish it")
+        return _unfinished(folder, restore_state(found[1], found[2]))
     data = read_bytes(path)
     try:
         recorded = read_json(folder / "model" / "config.json").get("sha256")

@@ -11,6 +11,7 @@ the file.
 import gzip
 import math
 import struct
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -162,6 +163,11 @@ def read_npz(path: Path) -> Source:
     if main is None:
         found = ", ".join(arrays) or "nothing"
         raise DataError(f"{path}: expected an array 'train' (or 'x', or one array alone), found {found}; rename one")
+    unused = sorted(arrays.keys() - {main, "test", "train_labels", "test_labels", "levels"})
+    if unused:
+        meant = {"valid": "test", "validation": "test", "val": "test", "labels": "train_labels", "y": "train_labels"}
+        hints = [f"{name} (did you mean {meant[name]}?)" if name in meant else name for name in unused]
+        warnings.warn(f"{path}: entries not used: {', '.join(hints)}", stacklevel=2)
     train = to_tensor(arrays[main], main)
     test = to_tensor(arrays["test"], "test") if "test" in arrays else None
     labels = {name: to_tensor(arrays[name], name) for name in ("train_labels", "test_labels") if name in arrays}

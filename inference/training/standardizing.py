@@ -13,14 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from inference.training.scaling import DataError
 
-__all__ = ["Standardization"]
+if TYPE_CHECKING:
+    from inference.training.data_set import DataSet
+
+__all__ = ["Standardization", "size_hint"]
+
+LARGE = 1000.0  # a size, or a ratio of sizes, that a network's first layer is not made for
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,3 +93,28 @@ class Standardization:
     def describe(self) -> dict[str, Any]:
         """Plain numbers, for a run's record."""
         return {"center": self.center.tolist(), "spread": self.spread.tolist()}
+
+
+def size_hint(data: DataSet) -> str:
+    """A sentence where continuous data are of sizes that networks do not take well, and nobody had them standardised.
+
+    Example:
+        >>> import torch
+        >>> from inference.training.datasets import as_dataset
+        >>> size_hint(as_dataset(torch.randn(9, 2) * torch.tensor([1.0, 1e5]), scaling="none"))  # doctest: +ELLIPSIS
+        "the data's dimensions vary by ...: scaling 'standard' takes each in standard deviations"
+    """
+    if data.scaling != "none" or data.levels is not None or not isinstance(data.train, Tensor) or len(data.train) < 2:
+        return ""
+    x = data.train.double()
+    spread = x.std(0, correction=0)
+    varying = spread[spread > 0]
+    if not varying.numel():
+        return ""
+    low, high, far = float(varying.min()), float(varying.max()), float(x.abs().max())
+    if high <= LARGE * low and far <= LARGE:
+        return ""
+    return (
+        f"the data's dimensions vary by {low:.0e} to {high:.0e}, with values up to {far:.0e}: scaling 'standard' takes each in "
+        "standard deviations"
+    )

@@ -99,7 +99,8 @@ def figure_bytes(figure: Figure, suffix: str) -> bytes:
         raise ValueError(f"expected a file name ending in .png, .svg or .pdf, got {suffix!r}: choose one of them")
     buffer = io.BytesIO()
     with style():
-        figure.savefig(buffer, format=suffix[1:], dpi=200, metadata=_UNDATED[suffix])
+        # Axes of equal units leave the layout's bounds; what is drawn is cut nowhere.
+        figure.savefig(buffer, format=suffix[1:], dpi=200, metadata=_UNDATED[suffix], bbox_inches="tight", pad_inches=0.08)
     return buffer.getvalue()
 
 

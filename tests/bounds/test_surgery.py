@@ -103,7 +103,7 @@ class TestActiveUnits:
         kl = 0.5 * (1 / precision + (means**2).mean(0) - 1 + np.log(precision))
         np.testing.assert_allclose(units.kl, kl, rtol=1e-9, atol=1e-12)
         assert units.active.tolist() == [True, False, False]
-        assert units.words() == (f"site z: 1 of 3 units active; the collapsed carry at most {kl[1]:.2g} nats each")
+        assert units.words() == (f"site z: 1 of 3 units active; the others cost at most {kl[1]:.2g} nats each")
 
     def test_noise_of_the_draws_is_no_activity(self):
         """z_1 ~ N(0, 0.7^2) whatever x, z_2 ~ N(z_1, ...): 20 draws leave a variance of 0.0245 in E[z_2 | x]."""
