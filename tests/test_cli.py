@@ -659,7 +659,7 @@ def test_interruption_passes_through(capsys, tmp_path, monkeypatch):
 
     stop(KeyboardInterrupt())
     assert run(call_) == 130
-    assert "the same command with --resume goes on" in capsys.readouterr().err
+    assert "--resume goes on, and ppl report" in capsys.readouterr().err
     stop(SystemExit(143))
     with pytest.raises(SystemExit) as left:
         run(call_)

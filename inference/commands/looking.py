@@ -84,7 +84,8 @@ def sample(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="a picture (.png, .svg, .pdf) or arrays (.npz: x, mean); text goes to the screen, or to a .txt or .npz",
+            help="a picture (.png, .svg, .pdf) or arrays (.npz: x, mean, counts 0..K-1 of data with levels); text goes to the "
+            "screen, or to a .txt or .npz",
             show_default=False,
         ),
     ] = None,
@@ -147,10 +148,13 @@ def sample(
     if suffix == ".npz":
         import torch
 
+        from inference.training.scaling import counts
+
         arrays = {"x": drawn.draws} | ({} if drawn.means is None else {"mean": drawn.means})
-        _write_arrays(
-            out, {name: opened.in_own_units(torch.as_tensor(x)).numpy() for name, x in arrays.items()}, force=force
-        )
+        written = {name: opened.in_own_units(torch.as_tensor(x)).numpy() for name, x in arrays.items()}
+        if stated["levels"] is not None and stated["binarization"] == "none":  # what integers in a data file mean
+            written["counts"] = counts(torch.as_tensor(drawn.draws), stated["levels"], stated["scaling"]).numpy()
+        _write_arrays(out, written, force=force)
     else:
         from inference.views.figures import draw_samples, save_figure
         from inference.views.report import shown_range

@@ -175,7 +175,7 @@ def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool 
     units = "" if pair.data_site == "x_0" else f"; {row['active_units']:.0f} active units"
     print(
         f"\nELBO on {run.config['validation']}: {row['validation_elbo']:.2f} +- {row['validation_std_error']:.2f} nats "
-        f"({row['validation_bits_per_dim']:.3f} bits/dim) at epoch {row['epoch']:.0f} = "
+        f"(SE: over data; {row['validation_bits_per_dim']:.3f} bits/dim) at epoch {row['epoch']:.0f} = "
         f"-(rate {row['validation_rate']:.2f} + distortion {row['validation_distortion']:.2f}){units}\n"
         f"{'' if run.standardization is None else f'of standardised data: {offset_in_words(run.standardization)}{chr(10)}'}"
         f"{overfit_hint(run.metrics, run.config)}"

@@ -1,6 +1,7 @@
 """A RUN: the folder that holds everything of one training run, and loads again without surprises.
 
     config.yaml        what was trained on what and how, as text
+    options.yaml       what ppl train was told and chose: a file for its --config
     environment.json   versions and hardware
     metrics.csv        one row an epoch; nats per datum unless the name ends in _bits_per_dim
     timing.csv         seconds and speed, apart, because they differ from run to run

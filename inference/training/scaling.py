@@ -184,6 +184,17 @@ def scale(x: Tensor, name: str, *, levels: int | None, scaling: str) -> Tensor:
     return values.index_select(0, x.flatten().int()).reshape(x.shape)
 
 
+def counts(x: Tensor, levels: int, scaling: str) -> Tensor:
+    """The level 0..levels-1 nearest to each value under a scaling: what :func:`scale` made values of, int64.
+
+    >>> counts(torch.tensor([-1.0, 0.1, 1.0]), levels=17, scaling="symmetric").tolist()
+    [0, 9, 16]
+    """
+    values = grid(levels, scaling, torch.float64)
+    steps = (x.double() - values[0]) * ((levels - 1) / (values[-1] - values[0]))
+    return steps.round().clamp(0, levels - 1).long()
+
+
 def check_scaled(x: Tensor, name: str, *, levels: int | None, scaling: str) -> None:
     """Refuses floating point data, or int64 classes, that are not what their scaling and levels state.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from inference.ancestral import Interpolation, Trajectory, ancestral_trajectory, interpolation
 from inference.views.drawing import (
@@ -223,6 +223,13 @@ def draw_bound_by_t(data: BoundByT) -> Figure:
             else:  # the density of continuous data may exceed one
                 curve.plot([], [], color=colour, marker=marker, linewidth=0, label=f"{label} ≤ 0: see below")
         curve.set_yscale("log")
+        low, high = curve.get_ylim()
+        if high < 30 * low:  # few powers of ten, or none, to read a value from
+            curve.yaxis.set_major_locator(
+                LogLocator(subs=[1.0, 2.0, 5.0] if high > 3 * low else [float(k) for k in range(1, 10)])
+            )
+            curve.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            curve.yaxis.set_minor_formatter(NullFormatter())
         curve.xaxis.set_major_locator(MaxNLocator(integer=True))
         curve.set(xlabel="t", ylabel="bits per dimension")
         curve.grid(True)

@@ -100,7 +100,9 @@ def figure_bytes(figure: Figure, suffix: str) -> bytes:
     buffer = io.BytesIO()
     with style():
         # Axes of equal units leave the layout's bounds; what is drawn is cut nowhere.
-        figure.savefig(buffer, format=suffix[1:], dpi=200, metadata=_UNDATED[suffix], bbox_inches="tight", pad_inches=0.08)
+        figure.savefig(
+            buffer, format=suffix[1:], dpi=200, metadata=_UNDATED[suffix], bbox_inches="tight", pad_inches=0.08
+        )
     return buffer.getvalue()
 
 

@@ -160,8 +160,8 @@ PICTURES: dict[str, Entry] = {
     "learning_curve.svg": (
         "Learning curve",
         "Left: what was minimised, over each epoch's steps and after them. Right: where each epoch stands in the plane of rate "
-        "and distortion, whose sum is −ELBO; moving along a dotted line trades one for the other at the same bound. The first "
-        "twentieth of the epochs is left out: it would set the scale.",
+        "and distortion, whose sum is −ELBO; moving along a dotted line trades one for the other at the same bound. Of "
+        "many epochs the first twentieth is left out: it would set the scale.",
         _learning_curve,
     ),
     "terms.svg": (
@@ -181,13 +181,14 @@ PICTURES: dict[str, Entry] = {
     ),
     "traversal.png": (
         "Traversals",
-        "What each dimension of z does, most active first. A dimension with activity near 0 is not used by the guide, and "
-        "moving it changes little.",
+        "What each dimension of z does, most active first. Activity is the variance of the guide's mean over data: near 0, "
+        "the guide says the same for all.",
         _traversal,
     ),
     "latent_map.svg": (
         "Latent map",
-        "Where the guide puts each datum, on the two most active dimensions; the labels were not seen in training.",
+        "Where the guide puts each datum, on the two most active dimensions. Labels, where there are any, were not seen in "
+        "training.",
         _latent_map,
     ),
     "posterior.png": (

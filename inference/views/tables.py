@@ -63,7 +63,8 @@ def decomposition_table(d: Decomposition) -> str:
     )
     text = text_table(["site", "closed form", "Monte Carlo", "+- SE", "z", "used in the sum"], rows)
     reasons = "\n".join(f"  {name}: {term.reason}" for name, term in d.terms.items())
-    return f"E_q[log p - log q] by site, nats, {per}; {d.num_particles} particles\n{text}\n{reasons}\n  ({d.note})"
+    head = f"E_q[log p - log q] by site, nats, {per}; {d.num_particles} particles, SE: of the draws, at these data"
+    return f"{head}\n{text}\n{reasons}\n  ({d.note})"
 
 
 def _used(term: SiteTerm) -> str:
