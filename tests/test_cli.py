@@ -147,7 +147,7 @@ def test_terms(capsys, trained):
 def test_terms_on_other_data(capsys, trained, tmp_path):
     np.savez(tmp_path / "other.npz", train=np.full((3, 8, 8), 16, np.uint8), levels=17)
     out = succeed(capsys, "terms", trained, "--particles", "10", "--data", f"npz:{tmp_path / 'other.npz'}")
-    assert "3 training data of npz:" in out
+    assert "3 data of npz:" in out
 
 
 def test_sample_to_a_picture_and_to_arrays(capsys, trained, tmp_path):
@@ -352,7 +352,7 @@ def test_a_table_with_a_part_held_out_standardised(tmp_path, capsys):
     assert np.all(np.abs(drawn.mean(0) - x.mean(0)) < 5 * x.std(0))  # standardised ones have a mean near 0, not 50,000
     np.save(tmp_path / "other.npy", x[:7])
     out = succeed(capsys, "terms", run, "--particles", "10", "--data", f"npz:{tmp_path / 'other.npy'}")
-    assert "7 training data of npz:" in out
+    assert "7 data of npz:" in out
 
 
 def test_data_that_changed_since_are_refused(capsys, tmp_path):

@@ -16,7 +16,16 @@ from inference.commands.writing import FORCE
 EPOCHS = 120
 OPTIONS = {"data": "digits", "batch_size": 64, "learning_rate": 2e-3, "schedule": "cosine"}
 # What a tour leaves in its folder, all of which --force makes anew.
-LEFT = ("config.yaml", "options.yaml", "environment.json", "metrics.csv", "timing.csv", "terms.json", "posterior.nc", "report.html")
+LEFT = (
+    "config.yaml",
+    "options.yaml",
+    "environment.json",
+    "metrics.csv",
+    "timing.csv",
+    "terms.json",
+    "posterior.nc",
+    "report.html",
+)
 LEFT_FOLDERS = ("checkpoints", "model", "figures")
 
 

@@ -78,6 +78,9 @@ class DataSet:
                 f"got {self.scaling!r}; state scaling='unit'"
             )
         for name, x, labels in (("train", self.train, self.train_labels), ("test", self.test, self.test_labels)):
+            if not isinstance(x, Tensor | Dataset) and not (name == "test" and x is None):
+                got = type(x).__name__
+                raise DataError(f"{name}: expected a Tensor or a map-style Dataset, got {got}; as_dataset takes numpy arrays")
             if isinstance(x, Tensor):
                 check_data(x, name, None if name == "train" else tuple(self.data_shape))
                 binary = self.binarization == "fixed" or (self.binarization == "dynamic" and name == "test")
@@ -138,6 +141,10 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_labels(labels: Tensor, name: str, num: int) -> None:
+    if not isinstance(labels, Tensor):
+        raise DataError(
+            f"{name}: expected an int64 Tensor, got {type(labels).__name__}; convert with torch.tensor(labels)"
+        )
     if labels.dtype != torch.int64 or labels.shape != (num,):
         raise DataError(
             f"{name}: expected one int64 label a datum, shape [{num}], got {labels.dtype} {list(labels.shape)}; "

@@ -61,7 +61,8 @@ def fit(
             integers are classes by themselves where the pair's likelihood is over classes.
         binarization: of data in [0, 1]: "none", "dynamic" or "fixed".
         levels: number of levels of integer data.
-        options: fields of :class:`TrainConfig`.
+        options: fields of :class:`TrainConfig`. ``seed`` is that of batches and draws; the weights are as the pair has them, so
+            seed torch before making it for the same ones again.
 
     The objective is the pair's own unless stated: ``objective="iwae"``, ``"simple"``, ... ; see
     :mod:`inference.training.objective_choice`.

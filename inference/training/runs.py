@@ -67,7 +67,8 @@ class Run:
         stated = self.config["data"]
         if stated.get("spec") is None:
             raise RunError(
-                "this run was trained on data in memory: pass the data themselves, as in run.pair and your tensor"
+                "this run was trained on data in memory: pass the data themselves, as in run.pair and your tensor, or on the "
+                "command line say where they are with --data"
             )
         return load_data(
             stated["spec"],

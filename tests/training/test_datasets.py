@@ -330,6 +330,12 @@ def test_a_data_set_made_by_hand_is_held_to_its_own_statement() -> None:
         DataSet("mine", grey, kind="sound")
     with pytest.raises(DataError, match=r"train_labels: expected one int64 label a datum, shape \[2\]"):
         DataSet("mine", grey, train_labels=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(DataError, match="train_labels: expected an int64 Tensor, got list"):
+        DataSet("mine", grey, train_labels=[0] * len(grey))  # type: ignore[arg-type]
+    with pytest.raises(
+        DataError, match="train: expected a Tensor or a map-style Dataset, got ndarray; as_dataset takes"
+    ):
+        DataSet("mine", grey.numpy())  # type: ignore[arg-type]
     with pytest.raises(DataError, match="the DataSet states scaling 'none' and binarization 'none', got 'unit'"):
         as_dataset(DataSet("mine", grey), scaling="unit")
     assert DataSet("mine", grey, scaling="unit", binarization="dynamic").num_test == 0
