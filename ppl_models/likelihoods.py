@@ -3,160 +3,24 @@ r"""Likelihoods: what a decoder returns -> the distribution p(x | z) of one datu
     AE, VAE, HVAE (lecture notes 004):  p(x | z) = N(x; mu(z), sigma^2 I), or a Bernoulli or categorical of its logits
     DDPM (notes 003):                   p(x_0 | x_1) = prod_i of the mass that a Normal puts on the bin of x_0^i
 
-A likelihood owns what belongs to x alone: which data are valid (`check`), how they must be scaled before (`scaling`),
-which number a picture shows (`mean`) and, where it is learned, the scale shared by all dimensions.
-
-Convention: parameters have shape ``[*particles, B, *data_shape]`` (a class axis last for `Categorical`), and the
-distribution's event is one whole datum, so `log_prob` returns nats per datum, shape ``[*particles, B]``. Parameters in
-half precision are widened to float32 first: a sum of log-probabilities over pixels needs it.
+What they have in common, conventions included, is in :mod:`ppl_models.likelihood`.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import ppl_models.distributions as extra
 from ppl_models.data_checks import refuse_grey_levels, refuse_other_than_floats, refuse_other_than_tensor, refuse_where
-from ppl_models.networks.precision import at_least_float32
+from ppl_models.likelihood import Likelihood, LocationScale, Parameters, check_dims, known_likelihood, single_tensor
 
-__all__ = ["Bernoulli", "Categorical", "DiscretizedNormal", "Likelihood", "LocationScale", "Normal"]
-
-_DEFAULT_INIT_SCALE = 0.1
-
-Parameters = Tensor | tuple[Tensor, Tensor]
-
-
-class Likelihood(nn.Module, ABC):
-    """Decoder output -> distribution of one datum. Subclasses say which; all are called alike.
-
-    Attributes:
-        scaling: the data scaling it expects: "none" (any reals), "unit" (in [0, 1]), "symmetric" (in [-1, 1]) or
-            "classes" (class indices).
-        is_discrete: whether x has probabilities (log-likelihoods <= 0, bits per dimension) or densities.
-        num_classes: K, size of the last axis of the decoder's output if x is a class index, else None.
-        needs_scale: whether the decoder must return (loc, scale) rather than one tensor.
-    """
-
-    scaling: ClassVar[str]
-    is_discrete: ClassVar[bool]
-    num_classes: int | None = None
-    needs_scale: bool = False
-
-    @abstractmethod
-    def forward(self, parameters: Parameters, data_dim: int) -> dist.TorchDistribution:
-        """The distribution of x.
-
-        Args:
-            parameters: decoder output ``[*batch, *data_shape]``, or a pair of such, or with a class axis.
-            data_dim: number of dimensions of one datum, ``len(data_shape)``.
-
-        Returns:
-            A Pyro distribution with ``batch_shape = batch`` and ``event_shape = data_shape``.
-
-        Raises:
-            TypeError: one tensor where (loc, scale) is expected, or the reverse.
-            ValueError: shapes that do not fit.
-        """
-
-    @abstractmethod
-    def check(self, x: Tensor, name: str = "x") -> None:
-        """Refuses data that the distribution gives no probability, before any of it reaches a program.
-
-        Args:
-            x: data as the program will see them, any shape.
-            name: how to call them in the message.
-
-        Raises:
-            ValueError: names the first bad entry, what was expected, and the remedy.
-            TypeError: `x` is not a tensor.
-        """
-
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments, JSON-able: ``type(self)(**self.config())`` makes it again, weights aside."""
-        return {}
-
-    def extra_repr(self) -> str:
-        """The constructor arguments, for ``print(likelihood)``."""
-        return ", ".join(f"{key}={value!r}" for key, value in self.config().items())
-
-    def mean(self, parameters: Parameters, data_dim: int) -> Tensor:
-        """E[x | parameters] in data units, shape ``[*batch, *data_shape]``: what a picture shows."""
-        return self(parameters, data_dim).mean
-
-    def data_shape_of(self, parameters: Parameters) -> torch.Size:
-        """Shape of one datum, from decoder output with exactly one leading batch dimension."""
-        tensor = parameters[0] if isinstance(parameters, tuple) else parameters
-        return tensor.shape[1:]
-
-    def example(self, data_shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
-        """One valid datum as a batch, shape ``[1, *data_shape]``, to try shapes with.
-
-        Args:
-            data_shape: shape of one datum.
-            dtype: floating dtype, torch's default if None; class indices are int64 whatever it is.
-            device: where to put it, the CPU if None.
-        """
-        return torch.zeros(1, *data_shape, dtype=dtype, device=device)
-
-
-class LocationScale(Likelihood):
-    """What `Normal` and `DiscretizedNormal` share: a location from the decoder, a scale from one of three places.
-
-    Attributes:
-        scale: the scale in use: a number, "learned" or None.
-        scale_stated: False where scale="default", for systems that have a better default of their own
-            (:class:`ppl_models.ddpm.DDPM`: the variance of the last step).
-    """
-
-    default_scale: ClassVar[float | str]
-
-    def __init__(self, scale: float | str | None, init_scale: float | None) -> None:
-        super().__init__()
-        self.scale_stated = scale != "default" or init_scale is not None
-        scale = self.default_scale if scale == "default" else scale
-        self.scale = scale if scale is None or scale == "learned" else _positive("scale", scale)
-        self.needs_scale = scale is None
-        if self.scale == "learned":
-            self.init_scale = _positive("init_scale", _DEFAULT_INIT_SCALE if init_scale is None else init_scale)
-            self.log_scale = nn.Parameter(torch.tensor(math.log(self.init_scale)))
-        elif init_scale is not None:
-            raise ValueError(
-                f'expected init_scale only with scale="learned", got scale={scale!r}; leave one of them out'
-            )
-
-    def config(self) -> dict[str, Any]:
-        """See `Likelihood.config`."""
-        if not self.scale_stated:
-            return {"scale": "default"}
-        return {"scale": self.scale} | ({"init_scale": self.init_scale} if self.scale == "learned" else {})
-
-    def _loc_and_scale(self, parameters: Parameters, data_dim: int) -> tuple[Tensor, Tensor]:
-        if self.scale is None:
-            if not (isinstance(parameters, tuple) and len(parameters) == 2):
-                raise TypeError(
-                    "expected the decoder to return a pair (loc, scale), as the likelihood has scale=None, got "
-                    f"{_describe(parameters)}; return both, or give the likelihood a scale"
-                )
-            loc, scale = map(at_least_float32, parameters)
-            pairs = zip(scale.shape[::-1], loc.shape[::-1], strict=False)
-            if scale.dim() > loc.dim() or any(a not in (1, b) for a, b in pairs):
-                raise ValueError(
-                    f"expected scale to broadcast to the shape of loc, {list(loc.shape)}, got {list(scale.shape)}; "
-                    "return one scale per entry of loc, or per datum with trailing ones"
-                )
-        else:
-            loc = _single(parameters, "location", "build the likelihood with scale=None to use the decoder's scale")
-            # A fixed scale stays a Python number until here, so no dtype or device of its own can fall out of step.
-            scale = loc.new_full((), self.scale) if isinstance(self.scale, float) else self.log_scale.exp()
-        _check_dims(loc, data_dim)
-        return loc, scale
+__all__ = ["Bernoulli", "Categorical", "DiscretizedNormal", "Likelihood", "LocationScale", "Normal", "known_likelihood"]
 
 
 class Normal(LocationScale):
@@ -230,8 +94,8 @@ class Bernoulli(Likelihood):
 
     def forward(self, parameters: Parameters, data_dim: int) -> dist.TorchDistribution:
         """Bernoulli(logits) in each dimension; see `Likelihood.forward`."""
-        logits = _single(parameters, "logits", "return the logits alone")
-        _check_dims(logits, data_dim)
+        logits = single_tensor(parameters, "logits", "return the logits alone")
+        check_dims(logits, data_dim)
         return extra.Bernoulli(logits=logits).to_event(data_dim)
 
     def check(self, x: Tensor, name: str = "x") -> None:
@@ -300,8 +164,8 @@ class Categorical(Likelihood):
         return {"num_classes": self.num_classes}
 
     def _logits(self, parameters: Parameters, data_dim: int) -> Tensor:
-        logits = _single(parameters, "logits", "return the logits alone")
-        _check_dims(logits, data_dim + 1)
+        logits = single_tensor(parameters, "logits", "return the logits alone")
+        check_dims(logits, data_dim + 1)
         if logits.shape[-1] != self.num_classes:
             raise ValueError(
                 f"expected logits of shape [..., *data_shape, {self.num_classes}], one per class on the last axis, got "
@@ -372,47 +236,7 @@ class DiscretizedNormal(LocationScale):
         return {"levels": self.levels} | super().config()
 
 
-def known_likelihood(value: Any) -> Likelihood:
-    """``value`` if it is a likelihood.
-
-    Raises:
-        TypeError: it is not.
-    """
-    if not isinstance(value, Likelihood):
-        got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)[:60]
-        raise TypeError(f"expected a likelihood such as Normal() or Bernoulli(), got {got}: make one")
-    return value
-
-
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        also = ', "learned", "default" or None' if name == "scale" else ""
-        raise ValueError(f"expected {name} to be a positive finite number{also}, got {value!r}")
-    return float(value)
-
-
 def _at_least_two(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 2:
         raise ValueError(f"expected {name} to be an int >= 2, got {value!r}")
     return value
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"one tensor of shape {list(value.shape)}"
-    return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
-
-
-def _single(parameters: Parameters, what: str, remedy: str) -> Tensor:
-    """The decoder's one tensor, at least float32."""
-    if not isinstance(parameters, Tensor):
-        raise TypeError(f"expected the decoder to return one tensor, the {what}, got {_describe(parameters)}; {remedy}")
-    return at_least_float32(parameters)
-
-
-def _check_dims(tensor: Tensor, least: int) -> None:
-    if tensor.dim() < least:
-        raise ValueError(
-            f"expected decoder output with at least {least} dimensions, those of one datum, got shape "
-            f"{list(tensor.shape)}; let the decoder end in a reshape to the data's shape"
-        )

@@ -436,7 +436,7 @@ BAD_CALLS = {
     ),
     "a run's record as options": (
         [*TRAIN, "--config", "{run}/config.yaml"],
-        "expected a file of options, got the record of a run: the command that began it, with --resume",
+        r"expected a file of options, got the record of a run: options\.yaml beside it is one",
     ),
     "a file without its kind": ([*TRAIN, "--data", "{folder}/plain.npz"], r"did you mean npz:.*plain\.npz\?"),
     "another kind of file": ([*TRAIN, "--data", "{folder}/tag.yaml"], r"numpy\.savez\(FILE, train=x\) writes an array"),

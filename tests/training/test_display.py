@@ -38,7 +38,9 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     assert shown.out == ""
     lines = shown.err.splitlines()
-    assert lines[0].startswith("training VAE (30 parameters) on 37 data, validating on the training data themselves")
+    assert lines[0].startswith(
+        "training VAE (30 parameters) on 37 data of 3 numbers, validating on the training data themselves"
+    )
     assert lines[1] == "uncompiled: 16 steps, and compiling pays from 40,000; compile=on compiles all the same"
     assert lines[2] == HEADER
     for line, row in zip(lines[3:], (run.metrics[0], run.metrics[-1]), strict=True):

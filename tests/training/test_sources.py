@@ -118,7 +118,12 @@ def test_npz_classes_need_a_stated_number(tmp_path: Path, dtype: type) -> None:
     unstated = npz(tmp_path / "a.npz", train=few, test=more)
     with pytest.raises(DataError, match=r"a\.npz: .*number of classes .* integers up to 6 .*'levels', 7 or more"):
         load_data(unstated, scaling="classes")
-    assert load_data(unstated, scaling="unit").levels == 256  # as grey values they are taken for 8-bit ones
+    with pytest.raises(
+        DataError, match=r"integers up to 6 without it, which may be 7 levels or dark 8-bit grey values"
+    ):
+        load_data(unstated, scaling="unit")
+    grey = npz(tmp_path / "e.npz", train=few + np.array(200, dtype), test=more)
+    assert load_data(grey, scaling="unit").levels == 256  # as grey values they are taken for 8-bit ones
     stated = load_data(npz(tmp_path / "b.npz", train=few, test=more, levels=np.array(7)), scaling="classes")
     assert (stated.levels, train(stated).dtype) == (7, torch.int64)
     np.testing.assert_array_equal(train(stated).numpy(), few)
