@@ -39,7 +39,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.out == ""
     lines = shown.err.splitlines()
     assert lines[0].startswith(
-        "training VAE (30 parameters) on 37 data of 3 numbers, validating on the training data themselves"
+        "training VAE (30 parameters) on 37 data of 5 numbers, validating on the training data themselves"
     )
     assert lines[1] == "uncompiled: 16 steps, and compiling pays from 40,000; compile=on compiles all the same"
     assert lines[2] == HEADER
