@@ -52,7 +52,8 @@ def log_bin_probability(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> 
 
     Returns:
         Nats, of the broadcast shape. Differentiable in centre and spread any number of times. The first derivative comes with
-        the value, in closed form, so that a backward pass costs two products.
+        the value, in closed form, so that a backward pass costs two products; the second has a relative error of up to z^2 eps
+        at z standard deviations, where erfcx' cancels.
 
     Example:
         >>> centre = torch.tensor([0.2, 80.0]).requires_grad_()
@@ -119,7 +120,9 @@ def _bin(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> _Bin:
     first, last = n <= -top, n >= top
     is_open, is_above = first | last, last | (~first & (below >= above))
     side = 2 * is_above.to(centre.dtype) - 1
-    lo, hi = torch.where(is_above, below, above) / spread, -torch.minimum(below, above) / spread
+    lo = torch.where(is_above, below, above) / spread
+    # The same mask for both edges, so that derivatives are those of one side where the bin's middle is the centre.
+    hi = (-torch.where(is_above, above, below)).clamp(min=0) / spread  # clamped in an open bin, which has none, alone
     m, d = (side * (n - centre)).clamp(min=0) / spread, 1 / spread  # m is not asked for in an open bin
     half_x = m * d
     u = torch.where(is_open, 1.0, -torch.expm1(-2 * half_x))
@@ -135,7 +138,7 @@ def _bin(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> _Bin:
         mean_ratio = torch.add(mean_ratio, pair, alpha=weight / 2)
 
     nearer = torch.special.erfcx(_SQRT_HALF * torch.where(central, -lo, lo))
-    beyond = torch.special.erfcx(_SQRT_HALF * hi) * (1 - u)  # hi > 0: it cannot overflow
+    beyond = torch.special.erfcx(_SQRT_HALF * hi) * (1 - u)  # hi >= 0: it cannot overflow
     bell = torch.exp(-0.5 * torch.where(central, lo, 0.0).square())
     outside = torch.where(central, 0.5 * bell * (nearer + beyond), 0.0)
     # P is `share` of sqrt(2 pi) phi(m) if narrow, of sqrt(2 pi) phi(lo) in a tail, and 1 - `outside` if central.

@@ -60,6 +60,11 @@ def test_weights_to_begin_with(answers, tmp_path, capsys):
     a, b, c = (load_run(tmp_path / name).pair.state_dict() for name in "abc")
     assert all(torch.allclose(a[name], b[name], atol=1e-9) for name in a)
     assert not all(torch.allclose(a[name], c[name], atol=1e-9) for name in a)  # control: the weights of the seed
+    (tmp_path / "a").rename(tmp_path / "gone")
+    for path in (tmp_path / "b" / "model").iterdir():
+        path.unlink()
+    succeed(capsys, "train", "vae", "--resume", "--out", tmp_path / "b", "--threads", "1")  # it has weights of its own
+    (tmp_path / "gone").rename(tmp_path / "a")
     wider = [*TINY, "--hidden", "17", "--start-from", tmp_path / "a"]
     wider = [part for i, part in enumerate(wider) if i not in (0, 1)]
     refuse(

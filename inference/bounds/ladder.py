@@ -39,8 +39,8 @@ class Rung:
     """One number of the ladder: ``values`` ``[B]`` nats, their ``mean``, and its standard error for these data.
 
     ``kind`` says whether it is a lower bound in expectation, exact, or an upper bound in expectation. The error of the
-    upper bound is that of its mean distance, over data, from the exact value or else from AIS. ``doubt`` says why the error
-    may be far too small, and is empty where nothing speaks against it.
+    upper bound is that of its mean distance, over data, from the exact value or else from AIS. ``std_errors`` ``[B]`` are those
+    of each datum, ``doubtful`` where they may be far too small (None: nowhere), and ``doubt`` says why.
     """
 
     name: str
@@ -49,7 +49,14 @@ class Rung:
     mean: float
     mean_std_error: float
     meaning: str
+    std_errors: Tensor | None = None
+    doubtful: Tensor | None = None
     doubt: str = ""
+
+    def error_over(self, data: Tensor) -> float:
+        """Standard error of the mean over some of the data, a bool mask ``[B]``."""
+        assert self.std_errors is not None
+        return float(self.std_errors[data].square().sum().sqrt()) / int(data.sum())
 
 
 @dataclass(frozen=True)
@@ -142,14 +149,23 @@ class Ladder(Printed):
             z_values[below.name, above.name] = z
             if z < -threshold:
                 text = f"{above.name} is {-gap.value:.3g} nats below {below.name} (z {z:.1f})"
-                doubt = above.doubt or below.doubt
-                if doubt:
-                    remarks.append(f"{text}, but its error is in doubt: {doubt}")
+                if not self._is_broken_where_known(below, above, threshold):
+                    remarks.append(f"{text}, but its error is in doubt: {above.doubt or below.doubt}")
                 elif above.name == "AIS":
                     remarks.append(f"{text}, against no theorem: raise num_temperatures or num_leapfrog")
                 else:
                     violations.append(text)
         return LadderCheck(not violations, z_values, threshold, tuple(violations), tuple(remarks))
+
+    def _is_broken_where_known(self, below: Rung, above: Rung, threshold: float) -> bool:
+        """Whether two rungs that are out of order are so on the data whose errors are known."""
+        known = torch.ones_like(above.values, dtype=torch.bool)
+        for rung in (below, above):
+            known = known if rung.doubtful is None else known & ~rung.doubtful
+        if bool(known.all()) or not bool(known.any()):
+            return bool(known.all())
+        error = math.hypot(below.error_over(known), above.error_over(known), self.resolution)
+        return float((above.values - below.values)[known].mean()) < -threshold * error
 
     def table(self) -> str:
         """The rungs, their gaps and whether the order holds, as text."""
@@ -224,26 +240,43 @@ def _build(
         meaning = f"log of the mean of {k} importance weights"
         doubt = _doubt(e.doubtful, "k-hat above 0.7 or errors above 0.5 nats")
         mean = float(e.log_evidence.mean())
-        rungs.append(Rung(f"IWAE-{k}", "lower", e.log_evidence, mean, e.mean_std_error, meaning, doubt))
+        name = f"IWAE-{k}"
+        rungs.append(
+            Rung(name, "lower", e.log_evidence, mean, e.mean_std_error, meaning, e.std_error, e.doubtful, doubt)
+        )
     error = float(e.elbo_std_error.square().sum().sqrt()) / e.elbo.numel()
-    elbo = Rung(
-        "ELBO", "lower", e.elbo, float(e.elbo.mean()), error, f"mean of the log of {counts[-1]} importance weights"
-    )
+    nowhere = torch.zeros_like(e.doubtful)
+    meaning = f"mean of the log of {counts[-1]} importance weights"
+    elbo = Rung("ELBO", "lower", e.elbo, float(e.elbo.mean()), error, meaning, e.elbo_std_error, nowhere)
     rungs.insert(0, elbo)
     notes = [f"IWAE-{counts[-1]}: {warning}" for warning in e.warnings]
     meaning = f"annealed importance sampling, {_settings(annealed)}"
     doubt = _doubt(annealed.doubtful, "weights worth less than half of their chains")
-    rungs.append(Rung("AIS", "lower", annealed.log_lower, annealed.mean, annealed.mean_std_error, meaning, doubt))
+    rungs.append(
+        Rung(
+            "AIS",
+            "lower",
+            annealed.log_lower,
+            annealed.mean,
+            annealed.mean_std_error,
+            meaning,
+            annealed.std_error,
+            annealed.doubtful,
+            doubt,
+        )
+    )
     notes += [f"AIS: {_transitions(annealed)}", *(f"AIS: {warning}" for warning in annealed.warnings)]
     reference = annealed.log_lower
     exact = getattr(pair, "log_evidence", None)
     if exact is not None:
         reference = exact(x).double()
-        rungs.append(Rung("exact", "exact", reference, float(reference.mean()), 0.0, "log p(x) in closed form"))
+        known, mean = torch.zeros_like(reference), float(reference.mean())
+        rungs.append(Rung("exact", "exact", reference, mean, 0.0, "log p(x) in closed form", known, nowhere))
     if upper is not None:
         error = float(standard_error((upper - reference).flatten()))
+        each = torch.full_like(upper, error * math.sqrt(upper.numel()))  # of one datum: the spread over data
         meaning = "the same path, back from an exact posterior draw"
-        rungs.append(Rung("reverse AIS", "upper", upper, float(upper.mean()), error, meaning))
+        rungs.append(Rung("reverse AIS", "upper", upper, float(upper.mean()), error, meaning, each, nowhere))
     epsilon = torch.finfo(next(iter(pair.parameters()), torch.empty(0)).dtype).eps
     resolution = ROUNDING_STEPS * epsilon * max(1.0, *(abs(rung.mean) for rung in rungs))
     return Ladder(tuple(rungs), x, upper is not None, max(1, pair.data_shape.numel()), resolution, tuple(notes))

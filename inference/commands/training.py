@@ -153,12 +153,12 @@ def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool 
     known_system(system)
     chosen, dataset = choose(system, options)
     pair = build_pair(system, chosen, dataset)
-    if chosen.start_from is not None:
+    is_new = not (out / "config.yaml").exists()
+    if chosen.start_from is not None and (is_new or not resume):  # a run that goes on has weights of its own
         _start_from(pair, Path(chosen.start_from))
     hint = size_hint(dataset)
     if hint:
         warnings.warn(hint, stacklevel=1)
-    is_new = not (out / "config.yaml").exists()
     print(f"# configuration of ppl train {system} --out {out}\n{chosen.text()}\n", flush=True)
     try:
         run = fit(pair, dataset, out, config=chosen.train_config(), resume=resume, spec=chosen.data)

@@ -80,7 +80,9 @@ class DataSet:
         for name, x, labels in (("train", self.train, self.train_labels), ("test", self.test, self.test_labels)):
             if not isinstance(x, Tensor | Dataset) and not (name == "test" and x is None):
                 got = type(x).__name__
-                raise DataError(f"{name}: expected a Tensor or a map-style Dataset, got {got}; as_dataset takes numpy arrays")
+                raise DataError(
+                    f"{name}: expected a Tensor or a map-style Dataset, got {got}; as_dataset takes numpy arrays"
+                )
             if isinstance(x, Tensor):
                 check_data(x, name, None if name == "train" else tuple(self.data_shape))
                 binary = self.binarization == "fixed" or (self.binarization == "dynamic" and name == "test")

@@ -126,7 +126,7 @@ def load_data(
                 f"{binarization!r}; leave them out"
             )
         scaling = "classes"
-    if scaling is None and source.levels is not None:
+    if scaling is None and (source.levels is not None or reader == "csv"):  # whole numbers in a table are numbers
         scaling = "none"
     if test_fraction is not None:
         if source.test is not None:
@@ -177,10 +177,13 @@ def as_dataset(
                 f"got {scaling!r} and {binarization!r}; make it with these instead"
             )
         return data
+    is_wide = scaling == "standard" and _is_floats(data)
+    if is_wide:
+        data, test = (torch.from_numpy(x.astype(np.float64)) if _is_floats(x) else x for x in (data, test))
     train = _tensor_or_dataset(data, "train")
     name = "tensor" if isinstance(train, Tensor) else type(train).__name__
     held_out = None if test is None else _tensor_or_dataset(test, "test")
-    source = Source(name, train, held_out, levels, "as given")
+    source = Source(name, train, held_out, levels, "as given", is_wide=is_wide)
     if test_fraction is not None:
         if held_out is not None:
             raise DataError("test and test_fraction: expected one of them, got both; leave one out")
@@ -247,7 +250,7 @@ def _state(
             f"{source.name}: expected the number of classes to be stated, got integers up to {_largest(source)} without "
             f"it; {remedy} an entry 'levels', {_largest(source) + 1} or more"
         )
-    if source.levels_assumed and stated == "standard":
+    if not source.levels_stated and stated == "standard":
         source = replace(source, levels=None, levels_assumed=False)
     if source.levels_assumed and stated in ("unit", "symmetric") and _largest(source) < FEWEST_OF_8_BITS:
         most = _largest(source)
@@ -263,7 +266,10 @@ def _state(
 
     def part(x: Tensor | Dataset, name: str) -> Tensor | Dataset:
         if standardization is not None:
-            return standardization(_continuous(x, name, source.levels))
+            own = standardization(_continuous(x, name, source.levels))
+            return own.to(torch.get_default_dtype()) if source.is_wide else own
+        if source.is_wide and isinstance(x, Tensor) and x.is_floating_point():
+            x = to_tensor(x.numpy(), name)
         binary = stated == "unit" and (drawn == "fixed" or (drawn == "dynamic" and name == "test"))
         seed = _SPLIT_SEEDS[name] if binary else None
         result: Tensor | Dataset
@@ -321,6 +327,10 @@ def _meant(spec: str) -> str:
 def _largest(source: Source) -> int:
     held = [int(x.max()) for x in (source.train, source.test) if isinstance(x, Tensor) and x.numel()]
     return max(held, default=255)
+
+
+def _is_floats(x: Any) -> bool:
+    return isinstance(x, np.ndarray) and x.dtype.kind == "f"
 
 
 def _tensor_or_dataset(x: Any, name: str) -> Tensor | Dataset:

@@ -40,8 +40,9 @@ def _split(data: Tensor | Dataset, fraction: float) -> tuple[Tensor | Dataset, T
 
 def _permutation(num_data: int, fraction: float) -> tuple[Tensor, Tensor]:
     """Which rows are for training and which are held out."""
-    num_test = round(fraction * num_data)
-    if not (0 < fraction < 1 and 0 < num_test < num_data):
+    known = isinstance(fraction, int | float) and 0 < fraction < 1
+    num_test = round(fraction * num_data) if known else 0
+    if not 0 < num_test < num_data:
         raise DataError(
             f"test_fraction: expected a number in (0, 1) that leaves some of {num_data} data on both sides, "
             f"got {fraction}; choose another"

@@ -47,6 +47,8 @@ class Source:
     test_labels: Tensor | None = None
     alphabet: str | None = None  # of text: the character of each class
     levels_assumed: bool = False
+    levels_stated: bool = True  # False: by the values, so that scaling "standard" may take them for continuous
+    is_wide: bool = False  # floats are in float64 still, whatever torch's default dtype
 
 
 def read_digits() -> Source:
@@ -168,8 +170,8 @@ def read_npz(path: Path) -> Source:
         meant = {"valid": "test", "validation": "test", "val": "test", "labels": "train_labels", "y": "train_labels"}
         hints = [f"{name} (did you mean {meant[name]}?)" if name in meant else name for name in unused]
         warnings.warn(f"{path}: entries not used: {', '.join(hints)}", stacklevel=2)
-    train = to_tensor(arrays[main], main)
-    test = to_tensor(arrays["test"], "test") if "test" in arrays else None
+    train = _as_read(arrays[main], main)
+    test = _as_read(arrays["test"], "test") if "test" in arrays else None
     labels = {name: to_tensor(arrays[name], name) for name in ("train_labels", "test_labels") if name in arrays}
     labels = {name: x.long() if x.dtype == torch.uint8 else x for name, x in labels.items()}
     levels = None
@@ -190,7 +192,14 @@ def read_npz(path: Path) -> Source:
         labels.get("train_labels"),
         labels.get("test_labels"),
         levels_assumed=levels == 256 and "levels" not in arrays,
+        levels_stated="levels" in arrays,
+        is_wide=True,
     )
+
+
+def _as_read(array: np.ndarray, name: str) -> Tensor:
+    """Floats in float64, so that what is done to them is done before they are rounded; else as :func:`to_tensor`."""
+    return torch.from_numpy(array.astype(np.float64)) if array.dtype.kind == "f" else to_tensor(array, name)
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Standardization", "size_hint"]
 
+_SMALLEST = 1e-150  # whose square float64 still holds; what varies by less is taken for rounding
 LARGE = 1000.0  # a size, or a ratio of sizes, that a network's first layer is not made for
 
 
@@ -53,7 +54,11 @@ class Standardization:
         """
         x = train.detach().double()
         center, spread = x.mean(0), x.std(0, correction=0)
-        flat = (x.amax(0) == x.amin(0)).nonzero()
+        if not bool((center.isfinite() & spread.isfinite() & spread.square().isfinite()).all()):
+            raise DataError(
+                "train: expected values whose squares float64 can hold with scaling 'standard'; rescale the data"
+            )
+        flat = ((x.amax(0) == x.amin(0)) | (spread < _SMALLEST)).nonzero()
         if len(flat):
             place = f" in dimension {[int(i) for i in flat[0]]}" if flat.shape[1] else ""
             raise DataError(

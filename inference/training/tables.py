@@ -13,14 +13,16 @@ row; rows count from 1 below the names.
 from __future__ import annotations
 
 import csv
+import io
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from inference.training.scaling import DataError, to_tensor
+from inference.training.scaling import DataError
 from inference.training.sources import Source
 
 
@@ -51,8 +53,11 @@ def read_csv(place: Path) -> Source:
         raise DataError(f"{path}: expected columns of numbers beside the labels, found none; add some")
     values = np.array([[_number(cell, path, names[j], i) for j, cell in enumerate(row)] for i, row in enumerate(rows)])
     binary = bool(((values == 0) | (values == 1)).all())
-    train = to_tensor(values.astype(np.uint8) if binary else values)
-    return Source(f"csv:{place}", train, None, 2 if binary else None, "as in the file", labels)
+    train = torch.from_numpy(values.astype(np.uint8) if binary else values)
+    levels = 2 if binary else None
+    return Source(
+        f"csv:{place}", train, None, levels, "as in the file", labels, levels_stated=False, is_wide=not binary
+    )
 
 
 def _path_and_label(place: str) -> tuple[Path, str | None]:
@@ -68,10 +73,11 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
         raise DataError(
             f"{path}: cannot be read ({error}); expected a UTF-8 table with a first line of names"
         ) from error
-    head = text.partition("\n")[0]
+    head = re.sub(r'"[^"]*"', "", text).lstrip().partition("\n")[0]  # what stands between quotes separates nothing
     between = max(",;\t", key=head.count)  # the first of them where none is there: a single column
     try:
-        lines = [[cell.strip() for cell in line] for line in csv.reader(text.splitlines(), delimiter=between) if line]
+        cells = csv.reader(io.StringIO(text, newline=""), delimiter=between)
+        lines = [[cell.strip() for cell in line] for line in cells if line]
     except csv.Error as error:
         raise DataError(f"{path}: cannot be read as a table ({error}); expected comma-separated values") from error
     if len(lines) < 2:

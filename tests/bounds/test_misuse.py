@@ -201,6 +201,32 @@ def test_a_ladder_is_not_broken_by_errors_that_nobody_knows():
     assert any("its error is in doubt" in text for text in remarks)
 
 
+class OneBad(LinearGaussian):
+    """A guide too wide at all data but the first, where it is far too narrow; and an evidence that may be wrong."""
+
+    lowered = 0.0
+
+    def log_evidence(self, x):
+        return super().log_evidence(x) - self.lowered
+
+    def guide_distribution(self, x):
+        base = super().guide_distribution(x).base_dist
+        first = torch.arange(len(x))[:, None] == 0
+        return dist.Normal(base.loc, base.scale * torch.where(first, 0.1, 3.0)).to_event(1)
+
+
+@pytest.mark.parametrize("lowered", [0.0, 1.5])
+def test_one_doubtful_datum_does_not_excuse_the_rest(lowered):
+    pair = OneBad.random(4, 2, guide="mean_field")
+    pair.lowered = lowered
+    x = pair.model(size=100).detach()
+    ladder = evidence_ladder(pair, x, num_particles=[1000], num_temperatures=10, num_leapfrog=1, seed=0)
+    assert ladder["IWAE-1000"].doubt
+    check = ladder.check()
+    assert check.holds == (lowered == 0)
+    assert lowered == 0 or any("exact is" in text and "below IWAE-1000" in text for text in check.violations)
+
+
 def test_few_chains_that_count_are_warned_of():
     pair = LinearGaussian.random(data_dim=10, latent_dim=6, guide="mean_field")
     x = pair.model(size=20).detach()

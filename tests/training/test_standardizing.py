@@ -104,6 +104,8 @@ def test_a_bound_of_standardised_data_is_that_of_the_data_but_for_the_offset():
 
 REFUSED = {
     "a constant column": (torch.tensor([[1.0, 2.0], [1.0, 3.0]]), {}, r"the same in all 2 data in dimension \[0\]"),
+    "too large": (torch.randn(5, 2, dtype=torch.float64) * 1e200, {}, "whose squares float64 can hold"),
+    "too small": (torch.tensor([[1.0], [2.0]], dtype=torch.float64) * 1e-200, {}, "the same in all 2 data"),
     "one datum": (torch.tensor([[1.0, 2.0]]), {}, "the same in all 1 data"),
     "levels": (torch.tensor([[1, 2], [0, 3]]), {"levels": 4}, "for continuous data in memory, got data of 4 levels"),
     "held-out data of another shape": (

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from inference.training.datasets import DataError, load_data
+from inference.training.datasets import DataError, as_dataset, load_data
 
 NAMED = "a,b,kind\n1,2.5,x\n3,-4e-2,y\n5,6,x\n"
 
 
 def csv(folder: Path, text: str, name: str = "t.csv") -> str:
-    (folder / name).write_text(text)
+    (folder / name).write_text(text, encoding="utf-8", newline="")
     return f"csv:{folder / name}"
 
 
@@ -39,12 +39,42 @@ def test_a_column_of_labels(tmp_path):
 
 def test_zeros_and_ones_have_two_levels_and_other_whole_numbers_none(tmp_path):
     assert load_data(csv(tmp_path, "a,b\n0,1\n1,1\n"), scaling="unit").levels == 2
-    whole = csv(tmp_path, "a,b\n0,1\n1,2\n")
-    assert load_data(whole, scaling="none").levels is None
-    with pytest.raises(
-        DataError, match=r"look like unscaled counts.*'standard' to standardise"
-    ):  # as from any other place
-        load_data(whole)
+    whole = load_data(csv(tmp_path, "a,b\n0,1\n1,2\n"))
+    assert (whole.levels, whole.train.tolist()) == (None, [[0.0, 1.0], [1.0, 2.0]])
+
+
+def test_zeros_and_ones_are_continuous_where_they_are_standardised(tmp_path):
+    """As one row of other data under a run's statistics may happen to be."""
+    data = load_data(csv(tmp_path, "a,b\n0,1\n1,1\n1,0\n"), scaling="standard")
+    assert data.levels is None
+    np.testing.assert_allclose(data.train.mean(0), 0, atol=1e-12)
+
+
+def test_numbers_keep_their_digits_until_they_are_standardised(tmp_path):
+    """Times in seconds need more than float32 has; what is left after standardising does not."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        data = load_data(csv(tmp_path, "t\n" + "".join(f"{1.7e9 + i}\n" for i in range(8))), scaling="standard")
+        array = as_dataset(1.7e9 + np.arange(8.0)[:, None], scaling="standard")
+    finally:
+        torch.set_default_dtype(default)
+    want = (np.arange(8) - 3.5) / np.arange(8).std()
+    for got in (data, array):
+        assert got.train.dtype == torch.float32
+        np.testing.assert_allclose(got.train[:, 0], want, rtol=1e-6)
+    assert (
+        len(np.unique((1.7e9 + np.arange(8)).astype(np.float32))) == 1
+    )  # control: rounded first, they are all the same
+
+
+def test_what_stands_between_quotes_separates_nothing(tmp_path):
+    lines = load_data(csv(tmp_path, 'a,y\n1.5,"u\nv"\n2,uv\n3,w\n') + "@y")
+    assert lines.train_labels.tolist() == [0, 1, 2]
+    names = load_data(csv(tmp_path, '"weight (g; mean)","height, a;b;c"\n1.5,2\n2.5,3\n'))
+    assert names.train.tolist() == [[1.5, 2.0], [2.5, 3.0]]
+    odd = load_data(csv(tmp_path, "a,y\n1.5,Z\u0085x\n2,uv\n") + "@y")  # a line end to some, none to csv
+    assert odd.num_train == 2
 
 
 REFUSED = {
@@ -89,5 +119,8 @@ def test_a_part_held_out_goes_with_its_labels(tmp_path):
     both = torch.cat([data.train, data.test])[:, 0]
     assert sorted(both.tolist()) == list(range(2, 42))
     assert torch.equal(load_data(spec, scaling="none", test_fraction=0.25).test, data.test)
+    for wrong in (float("nan"), "0.25", 2):
+        with pytest.raises(DataError, match=r"test_fraction: expected a number in \(0, 1\)"):
+            load_data(spec, test_fraction=wrong)
     with pytest.raises(DataError, match="digits has a held-out part"):
         load_data("digits", test_fraction=0.25)
