@@ -54,7 +54,9 @@ TITLE_WIDTH = 40  # characters of a panel's title
 
 def draw_traversal(data: Traversal, value_range: Range | None = None) -> Figure:
     """A row of images per latent dimension, most active on top; for points a curve per dimension over the data."""
-    title = f"E[x | {data.site}] along each dimension of {data.site}\nthe others at {data.centre}"
+    few = len(data.dims) < data.num_dims
+    which = f"the {len(data.dims)} most active of {data.num_dims} dimensions" if few else "each dimension"
+    title = f"E[x | {data.site}] along {which} of {data.site}\nthe others at {data.centre}"
     position = f"position on the prior of {data.site}[i] (standard deviations)"
     rows, columns = data.means.shape[:2]
     with style():

@@ -32,6 +32,7 @@ class Traversal:
         means: E[x | z], ``[R, S, *data_shape]``.
         data: the data that the activity was read off, ``[N, *data_shape]``.
         centre: where the other dimensions are, in words.
+        num_dims: how many the site has; 0: those shown.
     """
 
     site: str
@@ -41,6 +42,7 @@ class Traversal:
     means: Array
     data: Array
     centre: str
+    num_dims: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def traversal(
         to_array(means).reshape(len(dims), steps, *pair.data_shape),
         to_array(x),
         "the prior's mean" if datum is None else "a datum's posterior mean",
+        len(active),
     )
 
 

@@ -76,6 +76,14 @@ class TestImages:
         assert "standard deviations" in axes.get_xlabel()
         assert "prior's mean" in axes.get_title()
 
+    def test_the_title_says_how_many_of_all_dimensions_are_shown(self):
+        vae, x = image_vae(), torch.randn(5, 4, 6)
+        few, all_ = (draw_traversal(traversal(vae, x, max_dims=n), RANGE) for n in (1, 99))
+        assert (
+            few.axes[0].get_title().startswith(f"E[x | z] along the 1 most active of {vae.latent_dim} dimensions of z")
+        )
+        assert all_.axes[0].get_title().startswith("E[x | z] along each dimension of z")
+
     def test_tile_of_the_traversal_is_the_mean(self):
         data = traversal(image_vae(), torch.randn(5, 4, 6), steps=3)
         pixels = draw_traversal(data, RANGE).axes[0].images[0].get_array()
