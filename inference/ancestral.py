@@ -33,10 +33,10 @@ from inference.progress import Progress
 from inference.reverse_chain import make_chain
 from inference.training.noise import noise_seed, seed_noise
 from inference.trajectory import Trajectory, joined
+from ppl_models.arguments import seed_number, whole_count
 from ppl_models.evaluation_mode import evaluating
 from ppl_models.pair import ModelGuidePair
 from ppl_models.processes import GaussianProcess
-from ppl_models.whole_numbers import seed_number, whole_count
 
 __all__ = ["Interpolation", "Trajectory", "ancestral_sample", "ancestral_trajectory", "interpolation"]
 

@@ -19,10 +19,10 @@ from inference.progress import Progress
 from inference.respacing import respaced
 from inference.trajectory import Trajectory
 from inference.uncompiled import left_alone
+from ppl_models.arguments import whole_number, whole_numbers
 from ppl_models.ddpm import DDPM
 from ppl_models.diffusion import Diffusion
 from ppl_models.pair import ModelGuidePair
-from ppl_models.whole_numbers import whole_number, whole_numbers
 
 __all__ = ["make_chain"]
 

@@ -25,6 +25,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppl_models.arguments import sizes, whole_count
 from ppl_models.corruption import Corruption, Masking
 from ppl_models.likelihoods import Likelihood, known_likelihood
 from ppl_models.networks.codes import CodeEncoder
@@ -33,7 +34,6 @@ from ppl_models.pair import ModelGuidePair
 from ppl_models.penalties import ActivityTarget, Contraction, Penalty
 from ppl_models.probing import evaluate_once, probe_decoder
 from ppl_models.registry import describe
-from ppl_models.whole_numbers import sizes, whole_count
 
 Kind = Literal["plain", "denoising", "sparse", "k-sparse", "contractive"]
 KINDS = get_args(Kind)

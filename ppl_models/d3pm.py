@@ -32,6 +32,7 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 
+from ppl_models.arguments import sizes
 from ppl_models.data_checks import refuse_other_than_tensor, refuse_where
 from ppl_models.diffusion import Diffusion
 from ppl_models.likelihoods import Categorical, Likelihood
@@ -47,7 +48,6 @@ from ppl_models.processes.structured_transitions import AbsorbingTransitions, Un
 from ppl_models.processes.transitions import Transitions
 from ppl_models.registry import describe
 from ppl_models.truncated_logistic import TruncatedLogistic, logistic_logits
-from ppl_models.whole_numbers import sizes
 
 __all__ = ["D3PM", "logistic_logits"]
 

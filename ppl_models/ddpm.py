@@ -28,6 +28,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from ppl_models.arguments import sizes
 from ppl_models.diffusion import Diffusion
 from ppl_models.likelihoods import DiscretizedNormal, Likelihood, LocationScale
 from ppl_models.networks.grid_denoiser import GridDenoiser
@@ -36,7 +37,6 @@ from ppl_models.networks.unet import UNet
 from ppl_models.processes.gaussian import GaussianProcess
 from ppl_models.processes.schedules import NoiseSchedule
 from ppl_models.registry import describe
-from ppl_models.whole_numbers import sizes
 
 __all__ = ["DDPM"]
 

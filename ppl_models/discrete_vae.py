@@ -24,13 +24,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppl_models.arguments import sizes
 from ppl_models.likelihoods import Likelihood, known_likelihood
 from ppl_models.networks.arrays import mirrored
 from ppl_models.networks.mlp import Activation
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once
 from ppl_models.registry import describe
-from ppl_models.whole_numbers import sizes
 
 MAX_STATES = 2**16
 STATES_AT_ONCE = 1024

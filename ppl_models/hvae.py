@@ -28,13 +28,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppl_models.arguments import sizes
 from ppl_models.likelihoods import Bernoulli, Likelihood, known_likelihood
 from ppl_models.networks.gaussian_layers import LadderEncoder
 from ppl_models.networks.mlp import Activation, Decoder, GaussianEncoder
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once
 from ppl_models.registry import describe
-from ppl_models.whole_numbers import sizes
 
 Guide = Literal["bottom_up", "top_down"]
 

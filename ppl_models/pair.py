@@ -28,8 +28,8 @@ from pyro.params import param_with_module_name
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
+from ppl_models.arguments import sizes
 from ppl_models.data_checks import refuse_other_than_tensor
-from ppl_models.whole_numbers import sizes
 
 
 class ModelGuidePair(nn.Module, ABC):

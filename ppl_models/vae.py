@@ -19,12 +19,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppl_models.arguments import sizes, whole_count
 from ppl_models.likelihoods import Likelihood, known_likelihood
 from ppl_models.networks.mlp import Activation, Decoder, GaussianEncoder
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once, probe_decoder
 from ppl_models.registry import describe
-from ppl_models.whole_numbers import sizes, whole_count
 
 
 class VAE(ModelGuidePair):

@@ -42,6 +42,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions.kl import register_kl
 
+from ppl_models.arguments import sizes
 from ppl_models.discrete_vae import check_encoding, check_sizes, one_hot, zeros_like_parameters
 from ppl_models.likelihoods import Likelihood, known_likelihood
 from ppl_models.networks.arrays import mirrored
@@ -50,7 +51,6 @@ from ppl_models.networks.precision import at_least_float32
 from ppl_models.pair import ModelGuidePair
 from ppl_models.probing import evaluate_once
 from ppl_models.registry import describe
-from ppl_models.whole_numbers import sizes
 
 
 class _OneOf(constraints.Constraint):

@@ -26,7 +26,7 @@ def imported_modules(path: Path) -> set[str]:
 
 def layer(module: str) -> int | None:
     """Place in networks <- ppl_models <- inference <- cli; None for foreign modules, and -1 for what checks numbers."""
-    if module == "ppl_models.whole_numbers":
+    if module == "ppl_models.arguments":
         return -1
     if module.startswith("ppl_models.networks"):
         return 0

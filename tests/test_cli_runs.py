@@ -121,6 +121,7 @@ def test_channels_that_come_last_are_refused_where_they_matter(tmp_path, capsys)
     match = r"channels first, \[3, 8, 8\], got \[8, 8, 3\]: permute"
     refuse(capsys, *call, "--out", tmp_path / "a", "--pair", "num_timesteps=4", match=match)
     succeed(capsys, *call, "--out", tmp_path / "b", "--pair", "num_timesteps=4", "--pair", "network=mlp")
+    assert type(load_run(tmp_path / "b").pair.network).__name__ == "ResidualMLP"
 
 
 @pytest.mark.parametrize("size", [1.0, 1e3, 1e4, 1e6, 1e15, 1e200])

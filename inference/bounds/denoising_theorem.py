@@ -34,10 +34,10 @@ from torch.distributions import kl_divergence
 from inference.bounds.moments import Moments
 from inference.bounds.particles import forked_rng
 from inference.printed import Printed
+from ppl_models.arguments import seed_number, whole_count, whole_numbers
 from ppl_models.ddpm import DDPM
 from ppl_models.evaluation_mode import evaluating
 from ppl_models.processes import GaussianProcess
-from ppl_models.whole_numbers import seed_number, whole_count, whole_numbers
 
 __all__ = ["DenoisingTheorem", "GaussianMixture", "OptimalDenoiser", "denoising_theorem"]
 

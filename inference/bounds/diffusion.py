@@ -31,9 +31,9 @@ from inference.bounds.seeded_draws import Streams, row_seeds, widened
 from inference.bounds.sites import NotANumberError
 from inference.bounds.terms import SiteTerm
 from inference.progress import Progress
+from ppl_models.arguments import seed_number, whole_count, whole_numbers
 from ppl_models.diffusion import Diffusion
 from ppl_models.evaluation_mode import evaluating
-from ppl_models.whole_numbers import seed_number, whole_count, whole_numbers
 
 __all__ = ["DiffusionDecomposition", "decompose_diffusion"]
 

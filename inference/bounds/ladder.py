@@ -27,8 +27,8 @@ from inference.bounds.annealing import AnnealedEvidence, annealed_evidence, seed
 from inference.bounds.bidirectional import bidirectional_evidence, standard_error
 from inference.bounds.importance import log_evidence
 from inference.printed import Printed
+from ppl_models.arguments import whole_numbers
 from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
-from ppl_models.whole_numbers import whole_numbers
 
 FALSE_ALARM = 1e-6  # probability that a ladder in order fails its check, over all comparisons
 ROUNDING_STEPS = 64  # units in the last place of a log-density that rounding may move a rung

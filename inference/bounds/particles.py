@@ -35,7 +35,7 @@ from inference.bounds.sites import (
     refuse_nan,
     sample_sites,
 )
-from ppl_models.whole_numbers import whole_count
+from ppl_models.arguments import whole_count
 
 Program = Callable[..., Any]
 

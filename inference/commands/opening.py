@@ -65,9 +65,8 @@ def open_run(folder: Path, spec: str | None = None, num_data: int | None = None)
     if data.binarization == "dynamic" and not held_out:
         x = binarize_fixed(x, 0)
     run.pair.check_data(x, "test" if held_out else "train")
-    part = (
-        "held-out " if held_out else "training " if spec is None else ""
-    )  # of other data nobody said what they are for
+    own = "training " if spec is None else ""  # of other data nobody said what they are for
+    part = "held-out " if held_out else own
     words = f"{total if count == total else f'the first {count} of {total}'} {part}data of {data.name}"
     if data.standardization is not None:
         words += f", standardised ({offset_in_words(data.standardization)})"

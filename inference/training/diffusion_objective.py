@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from inference.training.timesteps import SAMPLERS
+from ppl_models.arguments import positive_number
 from ppl_models.ddpm import DDPM
 from ppl_models.diffusion import Diffusion
 from ppl_models.processes.transitions import shapes_are_fixed
-from ppl_models.whole_numbers import positive_number
 
 __all__ = ["DiffusionLoss", "DiffusionStep"]
 

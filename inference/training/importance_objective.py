@@ -36,8 +36,8 @@ from inference.bounds.particles import forked_rng
 from inference.bounds.sites import PairError, Site
 from inference.training.module_state import ModuleState
 from inference.training.objectives import ElboLoss, TrainingStep, sum_terms
+from ppl_models.arguments import whole_count
 from ppl_models.pair import ModelGuidePair
-from ppl_models.whole_numbers import whole_count
 
 Gradient = Literal["iwae", "doubly_reparameterized"]
 

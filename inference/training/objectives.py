@@ -25,9 +25,9 @@ from inference.bounds.closed_forms import site_divergence
 from inference.bounds.particles import Plan, forked_rng, make_plan
 from inference.bounds.sites import PairError, Site, is_deterministic
 from inference.bounds.validity import ClosedForms, find_closed_forms
+from ppl_models.arguments import whole_count
 from ppl_models.evaluation_mode import evaluating
 from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
-from ppl_models.whole_numbers import whole_count
 
 
 class NotReparameterizedError(ValueError):

@@ -28,9 +28,9 @@ from torch import Tensor
 from inference.bounds.closed_forms import law_name
 from inference.bounds.sites import PairError, Site
 from inference.training.discrete_objective import DiscreteLoss
+from ppl_models.arguments import positive_number, whole_count
 from ppl_models.discrete_vae import one_hot
 from ppl_models.pair import ModelGuidePair
-from ppl_models.whole_numbers import positive_number, whole_count
 
 
 @dataclass(frozen=True)

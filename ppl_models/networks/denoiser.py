@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ppl_models.arguments import sizes
 from ppl_models.networks.one_hot import rows_of
-from ppl_models.whole_numbers import sizes
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 

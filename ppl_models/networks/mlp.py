@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ppl_models.arguments import sizes, whole_count
 from ppl_models.networks.one_hot import rows_of
 from ppl_models.networks.precision import at_least_float32
-from ppl_models.whole_numbers import sizes, whole_count
 
 Activation = Literal["tanh", "relu", "silu", "gelu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ppl_models.arguments import whole_count
 from ppl_models.networks.denoiser import Denoiser, starting_at_zero
 from ppl_models.networks.time_embedding import TimeEmbedding
-from ppl_models.whole_numbers import whole_count
 
 
 class _Block(nn.Module):

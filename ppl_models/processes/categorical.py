@@ -23,9 +23,9 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 
+from ppl_models.arguments import sizes
 from ppl_models.processes.class_law import ClassLaw
 from ppl_models.processes.transitions import Transitions
-from ppl_models.whole_numbers import sizes
 
 __all__ = ["CategoricalProcess"]
 

@@ -25,8 +25,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppl_models.arguments import sizes
 from ppl_models.processes.schedules import NoiseSchedule
-from ppl_models.whole_numbers import sizes
 
 __all__ = ["GaussianProcess"]
 

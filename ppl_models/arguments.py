@@ -1,4 +1,4 @@
-"""Numbers that a caller gives: refused in one sentence where they are something else, never truncated."""
+"""Numbers and shapes that a caller gives: refused in one sentence where they are something else, never truncated."""
 
 from __future__ import annotations
 
