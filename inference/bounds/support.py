@@ -101,9 +101,10 @@ class OnSupport(TorchDistribution):
         """The law's log-density; minus infinity outside the support. At NaN the law itself answers."""
         nan = _all_of_event(~value.isnan(), self.law.event_dim).logical_not()
         inside = in_support(self.law, value) | nan
-        if bool(
-            detach_provenance(inside).all()
-        ):  # saves a draw and changes no number, so the program reads nothing here
+        all_inside = detach_provenance(
+            inside
+        ).all()  # untagged: it saves a draw and changes no number that a program sees
+        if bool(all_inside):
             return self.law.log_prob(value)
         with forked_rng():  # what is drawn afterwards must not depend on how often densities are asked for
             own_draw = self.law.sample()  # where the law's formula may be evaluated; its result there is replaced

@@ -54,7 +54,7 @@ __all__ = [
     "num_batches",
 ]
 
-FEWEST_OF_8_BITS = 32  # no image's largest grey value is below it; of integers that nobody explains
+FEWEST_OF_8_BITS = 32  # integers that end below it and whose levels nobody states are hardly 8-bit grey values
 _SPLIT_SEEDS = {"train": 0, "test": 1}
 
 

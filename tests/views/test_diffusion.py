@@ -1,5 +1,7 @@
 """Pictures of a diffusion: the arrays add up, and axes, labels and panels are what they say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,18 @@ def test_the_curve(num_timesteps, num_particles):
     starts, widths = ([getattr(p, f"get_{k}")() for p in sums.patches] for k in ("x", "width"))
     assert starts[1] == pytest.approx(widths[0])
     assert starts[2] == pytest.approx(widths[0] + widths[1])
+
+
+@pytest.mark.parametrize("spread", [1.5, 4.0, 20.0, 1e4])
+def test_values_can_be_read_off_the_axis(spread):
+    """Two labelled ticks at least within what is shown, also where no power of ten is, or one."""
+    d = decompose_diffusion(pairs.tanh_ddpm(num_timesteps=6), pairs.pixels(), num_particles=2, seed=0)
+    loss = 0.4 * np.geomspace(1, spread, 7)
+    figure = rendered(draw_bound_by_t(replace(bound_by_t(d), loss=loss, std_error=0 * loss)))
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    labelled = [t for t, text in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True) if text.get_text()]
+    assert sum(low <= t <= high for t in labelled) >= 2
 
 
 def test_a_negative_distortion_is_said():

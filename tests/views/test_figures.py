@@ -1,5 +1,6 @@
 """Structure of the pictures (axes, labels, what is drawn where) and of the files they are saved to."""
 
+import io
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from inference.bounds import decompose_elbo
 from inference.training.storage import StorageError
@@ -162,6 +164,15 @@ ROWS = tuple(
     {"epoch": e, **{f"{part}_{key}": sign * 9 / e for part in ("train", "validation") for key, sign in SIGNS.items()}}
     for e in range(1, 6)
 )
+
+
+def test_no_picture_of_points_is_cut_at_its_edges():
+    """Axes of equal units leave the layout's bounds; of what is drawn nothing touches the border of the file."""
+    rng = np.random.default_rng(0)
+    data = Samples(rng.normal(size=(200, 6)), None, rng.normal(size=(200, 6)), "x ~ p(x | z), z ~ p(z)")
+    pixels = np.asarray(Image.open(io.BytesIO(figure_bytes(draw_samples(data), ".png"))).convert("L"))
+    for border in (pixels[:4], pixels[-4:], pixels[:, :4], pixels[:, -4:]):
+        assert (border > 250).all()
 
 
 class TestLearningCurve:
