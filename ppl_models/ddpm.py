@@ -208,10 +208,19 @@ class DDPM(Diffusion):
         """N(mu(x_t, t), sigma_t^2 I); see the base class."""
         return dist.Normal(self.mean(output, x_t, t), self.scale(output, x_t, t)).to_event(len(self.data_shape))
 
-    def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def draw_marginal(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """x_t, and its eps where that is what the network predicts: it need not be computed back from x_t and x_0."""
+        if self.predict != "eps":
+            return super().draw_marginal(x_0, t)
+        x_t, noise = self.process.sample_marginal_with_noise(x_0, t)
+        return x_t, {"noise": noise}
+
+    def step_divergence(
+        self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
         r"""\|mu - mu-tilde\|^2 / (2 sigma_t^2) + (D/2)(r - 1 - log r), r = beta-tilde_t / sigma_t^2; see the base class."""
         n, c = len(self.data_shape), partial(self.process.coefficient, t=t, like=x_t)
-        error = self._squared_error(output, x_0, x_t, t)
+        error = self._squared_error(output, x_0, x_t, t, noise)
         if self.variance == "learned":
             scale = self.scale(output, x_t, t)
             ratio = (c("sqrt_posterior_variance") / scale).square()
@@ -238,26 +247,21 @@ class DDPM(Diffusion):
 
     def reconstruction_law(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """likelihood(mu(x_1, 1)), its scale sigma_1 unless it states its own; see the base class."""
-        return self.reconstruction_at(self.mean(output, x_1, self._time(1, x_1)), output, x_1)
+        return self.reconstruction_at(self._mean(output, x_1, partial(self.process.number, t=1)), output, x_1)
 
     def reconstruction_at(self, mean: Tensor, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """:meth:`reconstruction_law` with another location, such as a mu(x_1, 1) = x_0-hat(x_1, 1) that was clipped."""
         if not self.likelihood.needs_scale:
             return self.likelihood(mean, len(self.data_shape))
-        t = self._time(1, x_1)
-        learned = self.variance == "learned"
-        scale = self.scale(output, x_1, t) if learned else self.process.coefficient("sqrt_beta", t, x_1)
+        if self.variance == "learned":
+            scale = self.scale(output, x_1, self._time(1, x_1))
+        else:
+            scale = x_1.new_full((), self.process.number("sqrt_beta", 1))
         return self.likelihood((mean, scale), len(self.data_shape))
 
     def mean(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """mu(x_t, t), ``[*batch, *data_shape]``, from the network's output there."""
-        prediction, c = self._prediction(output), partial(self.process.coefficient, t=t, like=x_t)
-        match self.predict:
-            case "eps":
-                return (x_t - c("beta") / c("sqrt_marginal_variance") * prediction) / c("sqrt_alpha")
-            case "x_0":
-                return self.process.posterior_mean(x_t, prediction, t)
-        return prediction
+        return self._mean(output, x_t, partial(self.process.coefficient, t=t, like=x_t))
 
     def scale(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """sigma_t, broadcastable to ``[*batch, *data_shape]``; for t >= 2, and for t = 1 where it is learned."""
@@ -293,10 +297,19 @@ class DDPM(Diffusion):
                 return (x_t - c("sqrt_alpha_bar") * prediction) / c("sqrt_marginal_variance")
         return (x_t - c("sqrt_alpha") * prediction) * c("sqrt_marginal_variance") / c("beta")
 
-    def auxiliary_loss(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def step_losses(
+        self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        divergence = self.step_divergence(output, x_0, x_t, t.clamp(min=2), noise)
+        return divergence, self.auxiliary_loss(output, x_0, x_t, t, noise)
+
+    def auxiliary_loss(
+        self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
         r"""\|eps - eps_theta(x_t, t)\|^2, the loss L_simple of notes 003 (arXiv:2006.11239, eq. 14), ``[*batch]``."""
         n, c = len(self.data_shape), partial(self.process.coefficient, t=t, like=x_t)
-        error = sum_rightmost(self._squared_error(output, x_0, x_t, t), n)
+        error = sum_rightmost(self._squared_error(output, x_0, x_t, t, noise), n)
         match self.predict:
             case "eps":
                 return error
@@ -306,10 +319,14 @@ class DDPM(Diffusion):
                 factor = c("alpha") * c("marginal_variance") / c("beta").square()
         return factor.reshape(t.shape) * error
 
-    def _squared_error(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """(prediction - what a perfect network returns)^2 in each dimension."""
+    def _squared_error(
+        self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """(prediction - what a perfect network returns)^2 in each dimension; ``noise``: the eps of x_t, where it is known."""
         prediction, c = self._prediction(output), partial(self.process.coefficient, t=t, like=x_t)
         match self.predict:
+            case "eps" if noise is not None:
+                target = noise
             case "eps":
                 target = torch.addcmul(x_t, c("sqrt_alpha_bar"), x_0, value=-1).div_(c("sqrt_marginal_variance"))
             case "x_0":
@@ -317,6 +334,16 @@ class DDPM(Diffusion):
             case _:
                 target = self.process.posterior_mean(x_t, x_0, t)
         return mse_loss(prediction.to(target.dtype), target, reduction="none")  # one pass, and one backwards
+
+    def _mean(self, output: Tensor, x_t: Tensor, c: Callable[[str], Any]) -> Tensor:
+        """:meth:`mean`, from what gives the coefficients: tensors, or numbers where all data are at one t."""
+        prediction = self._prediction(output)
+        match self.predict:
+            case "eps":
+                return (x_t - c("beta") / c("sqrt_marginal_variance") * prediction) / c("sqrt_alpha")
+            case "x_0":
+                return c("posterior_weight_x_0") * prediction + c("posterior_weight_x_t") * x_t
+        return prediction
 
     def _gain(self, c: Callable[[str], Any]) -> Any:
         """How far mu moves with the prediction, from what gives the coefficients."""

@@ -73,7 +73,8 @@ class Diffusion(ModelGuidePair, ABC):
     Subclasses say what the network's output means: :meth:`reverse_law`, :meth:`reconstruction_law`,
     :meth:`predict_x_0` and :meth:`auxiliary_loss`. The programs are here, once for all of them. A :meth:`step_divergence`,
     :meth:`step_losses` or :meth:`draw_previous` of fewer operations belongs to the reverse law that it was made for: a
-    subclass with another law goes back to those of the laws themselves.
+    subclass with another law goes back to those of the laws themselves; so does, for a subclass with losses of its own, a
+    :meth:`draw_marginal` that hands over more than x_t.
 
     Args:
         network: ``network(x_t, t)``, x_t ``[N, *data_shape]`` and t int64 in 1..T of shape ``[N]`` -> output
@@ -106,6 +107,9 @@ class Diffusion(ModelGuidePair, ABC):
         if "reverse_law" in vars(cls):
             for name in {"step_divergence", "step_losses", "draw_previous"} - vars(cls).keys():
                 setattr(cls, name, getattr(Diffusion, name))
+        losses = {"reverse_law", "step_divergence", "step_losses", "auxiliary_loss"}
+        if losses & vars(cls).keys() and "draw_marginal" not in vars(cls):
+            cls.draw_marginal = Diffusion.draw_marginal  # type: ignore[method-assign]
 
     @property
     def num_timesteps(self) -> int:
@@ -150,6 +154,10 @@ class Diffusion(ModelGuidePair, ABC):
         output = self.network(x_t.reshape(-1, *self.data_shape), t.expand(batch).reshape(-1))
         self._refuse_other_output(output, math.prod(batch))
         return output.reshape(*batch, *self.output_shape)
+
+    def draw_marginal(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """x_t ~ q(x_t | x_0), and what it was made of, by the names under which the losses below take it: here nothing."""
+        return self.process.sample_marginal(x_0, t), {}
 
     def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), ``[*batch]`` nats, from the network's output at (x_t, t), t >= 2."""

@@ -243,16 +243,16 @@ class DiffusionLoss(nn.Module):
         ``rows`` are indices that hold every datum with t = 0; None: all data.
         """
         pair, process = self.pair, self.pair.process
-        x_next = process.sample_marginal(x_0, t + 1)
+        x_next, made_of = pair.draw_marginal(x_0, t + 1)
         output = pair.denoise(x_next, t + 1)
         bound = divergence = auxiliary = torch.zeros((), device=x_0.device)
         if with_bound and with_auxiliary and process.num_timesteps > 1:
-            divergence, auxiliary = pair.step_losses(output, x_0, x_next, t + 1)
+            divergence, auxiliary = pair.step_losses(output, x_0, x_next, t + 1, **made_of)
         elif with_auxiliary:
-            auxiliary = pair.auxiliary_loss(output, x_0, x_next, t + 1)
+            auxiliary = pair.auxiliary_loss(output, x_0, x_next, t + 1, **made_of)
         elif process.num_timesteps > 1:
             # a harmless step where t = 0, and not taken there
-            divergence = pair.step_divergence(output, x_0, x_next, (t + 1).clamp(min=2))
+            divergence = pair.step_divergence(output, x_0, x_next, (t + 1).clamp(min=2), **made_of)
         if with_bound and rows is not None and not len(rows):  # no t = 0, and laws refuse an empty batch
             bound = divergence
         elif with_bound:

@@ -17,7 +17,6 @@ tables stay float64 when the module is moved to another dtype.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,7 +80,7 @@ class GaussianProcess(nn.Module):
         self.num_timesteps = schedule.num_timesteps
         tables = {name: getattr(schedule, name) for name in _TABLES}
         tables |= {f"sqrt_{name}": tables[name].sqrt() for name in _ROOTS}
-        self.names: tuple[str, ...] = ()
+        self._numbers: dict[str, list[float]] = {}
         self.tabulate(**tables)
         a, v = tables["alpha_bar"][-1], tables["marginal_variance"][-1]
         log_v = torch.where(a < 0.5, torch.log1p(-a), v.log())
@@ -91,12 +90,17 @@ class GaussianProcess(nn.Module):
 
     def tabulate(self, **tables: Tensor) -> None:
         """Adds coefficients by name, float64 ``[T]`` for t = 1..T, that :meth:`coefficient` gathers like the schedule's own."""
-        self.names += tuple(tables)
         device = next(self.buffers(), torch.empty(0)).device
         for name, table in tables.items():
             # entry 0 is NaN: t = 0 is the data, and must not wrap around to step T where nothing is validated
             padded = torch.cat([table.new_full((1,), torch.nan), table])
+            self._numbers[name] = padded.tolist()
             self.register_buffer(f"_{name}", padded.to(device), persistent=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What :meth:`coefficient` and :meth:`number` know."""
+        return tuple(self._numbers)
 
     def transition(self, x_previous: Tensor, t: Tensor) -> dist.TorchDistribution:
         """q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I).
@@ -140,9 +144,13 @@ class GaussianProcess(nn.Module):
 
     def sample_marginal(self, x_0: Tensor, t: Tensor) -> Tensor:
         """A draw from :meth:`marginal`: sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps."""
+        return self.sample_marginal_with_noise(x_0, t)[0]
+
+    def sample_marginal_with_noise(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`sample_marginal` and its eps."""
         level, std = self.coefficient("sqrt_alpha_bar", t, x_0), self.coefficient("sqrt_marginal_variance", t, x_0)
         eps = torch.randn(torch.broadcast_shapes(x_0.shape, std.shape), dtype=x_0.dtype, device=x_0.device)
-        return eps.mul_(std).addcmul_(level, x_0)  # in place: two passes over the data
+        return (eps * std).addcmul_(level, x_0), eps  # two passes over the data
 
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || p(x_T)) = (A |x_0|^2 - D (A + log(1 - A))) / 2 with A = alpha-bar_T, ``[*batch]`` nats."""
@@ -173,8 +181,7 @@ class GaussianProcess(nn.Module):
             TypeError: t is not a LongTensor, or data are no floats.
         """
         n = len(self.data_shape)
-        if name not in self.names:
-            raise ValueError(f"expected a coefficient among {', '.join(self.names)}, got {name!r}")
+        self._check_name(name)
         if like.dim() < n or like.shape[like.dim() - n :] != self.data_shape:
             raise ValueError(
                 f"expected data of shape [*batch, {', '.join(map(str, self.data_shape))}], got {list(like.shape)}: "
@@ -191,7 +198,7 @@ class GaussianProcess(nn.Module):
         """The same coefficient as a number, without a look at the device.
 
         Raises:
-            ValueError: t outside 1..T.
+            ValueError: an unknown name, or t outside 1..T.
 
         Example:
             >>> round(GaussianProcess(NoiseSchedule.from_betas([0.1, 0.19]), ()).number("sqrt_alpha", 2), 6)
@@ -199,8 +206,12 @@ class GaussianProcess(nn.Module):
         """
         if not 1 <= t <= self.num_timesteps:
             raise ValueError(f"expected t in 1..{self.num_timesteps}, got {t}")
-        value = float(getattr(self.schedule, name.removeprefix("sqrt_"))[t - 1])
-        return math.sqrt(value) if name.startswith("sqrt_") else value
+        self._check_name(name)
+        return self._numbers[name][t]
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._numbers:
+            raise ValueError(f"expected a coefficient among {', '.join(self.names)}, got {name!r}")
 
     def _check_t(self, t: Tensor, like: Tensor) -> None:
         if not isinstance(t, Tensor) or t.dtype != torch.long:

@@ -165,6 +165,43 @@ def test_the_divergence_of_a_gaussian_step(predict, variance):
     assert variance == "posterior" or not torch.allclose(ours, swapped, rtol=1e-3)
 
 
+@pytest.mark.parametrize("variance", ["beta", "learned"])
+@pytest.mark.parametrize("predict", ["eps", "x_0", "mean"])
+def test_losses_are_the_same_with_the_noise_and_with_what_it_made(predict, variance):
+    pair = pairs.tanh_ddpm(predict=predict, variance=variance)
+    x_0, t = pairs.pixels(20), torch.randint(2, pair.num_timesteps + 1, (20,))
+    torch.manual_seed(0)
+    x_t, made_of = pair.draw_marginal(x_0, t)
+    torch.manual_seed(0)
+    assert torch.equal(x_t, pair.process.sample_marginal(x_0, t))
+    assert list(made_of) == (["noise"] if predict == "eps" else [])
+    output = pair.denoise(x_t, t).detach().requires_grad_()
+    for loss in (pair.step_divergence, pair.auxiliary_loss):
+        given, found = loss(output, x_0, x_t, t, **made_of), loss(output, x_0, x_t, t)
+        assert torch.allclose(given, found, rtol=1e-10)
+        gradients = [torch.autograd.grad(each.sum(), output)[0] for each in (given, found)]
+        assert torch.allclose(*gradients, rtol=1e-8, atol=1e-14)
+        if predict == "eps":
+            assert not torch.allclose(loss(output, x_0, x_t, t, noise=-made_of["noise"]), found, rtol=1e-3)
+
+
+class Doubled(DDPM):
+    """A loss of its own, without the noise."""
+
+    def auxiliary_loss(self, output, x_0, x_t, t):
+        return 2 * super().auxiliary_loss(output, x_0, x_t, t)
+
+
+def test_a_loss_of_ones_own_needs_not_take_the_noise():
+    network, x, values = torch.nn.Module(), torch.randn(5, 2), []
+    network.forward = lambda x_t, t: 0 * x_t
+    for kind in (Doubled, DDPM):
+        torch.manual_seed(0)
+        loss = DiffusionLoss(kind(network, NoiseSchedule.cosine(4), (2,), likelihood=Normal()), weights="simple")
+        values.append(loss(x))
+    assert torch.allclose(values[0], 2 * values[1])
+
+
 class Wide(DDPM):
     """A reverse law of its own."""
 
