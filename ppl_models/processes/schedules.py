@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_models.processes.schedule_checks import check_num_timesteps, refuse_out_of_range, refuse_unusable, to_table
+
 __all__ = ["NoiseSchedule"]
 
-_SMALLEST = torch.finfo(torch.float32).tiny  # tables that are cast to float32 must not vanish there
 _COSINE_OFFSET = 0.008
 _COSINE_LARGEST_BETA = 0.999
 _LINEAR_FIRST, _LINEAR_LAST = 1e-4 * 1000, 0.02 * 1000  # times 1/T
@@ -79,8 +80,8 @@ class NoiseSchedule:
     """
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
-        beta = _table("betas", betas)
-        _refuse_out_of_range("beta", beta, "pass variances; standard deviations go through NoiseSchedule.from_stds")
+        beta = to_table("betas", betas)
+        refuse_out_of_range("beta", beta, "pass variances; standard deviations go through NoiseSchedule.from_stds")
         self.num_timesteps = beta.numel()
         self.beta = beta
         self.alpha = 1 - beta
@@ -103,7 +104,7 @@ class NoiseSchedule:
         self.log_variance_ratio = torch.where(ratio > 0.5, near_one, ratio.log())
         self.log_posterior_variance = self.log_beta + self.log_variance_ratio
         self._config: dict[str, Any] = {"name": "betas", "betas": beta.tolist()}
-        self._refuse_unusable()
+        refuse_unusable(beta, self.alpha_bar, self.log_alpha_bar)
 
     @classmethod
     def linear(cls, num_timesteps: int, first: float | None = None, last: float | None = None) -> NoiseSchedule:
@@ -126,7 +127,7 @@ class NoiseSchedule:
             >>> NoiseSchedule.linear(3, first=0.1, last=0.5).beta
             tensor([0.1000, 0.3000, 0.5000], dtype=torch.float64)
         """
-        _check_num_timesteps(num_timesteps)
+        check_num_timesteps(num_timesteps)
         if last is None and _LINEAR_LAST / num_timesteps >= 1:
             raise ValueError(
                 f"expected num_timesteps >= {math.floor(_LINEAR_LAST) + 1} for DDPM's linear schedule, whose last beta is "
@@ -155,7 +156,7 @@ class NoiseSchedule:
             ValueError: T is below one.
             TypeError: T is not an int.
         """
-        _check_num_timesteps(num_timesteps)
+        check_num_timesteps(num_timesteps)
         steps = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
         angle = math.pi / 2 * (steps + _COSINE_OFFSET) / (1 + _COSINE_OFFSET)
         a, b = angle[:-1], angle[1:]
@@ -188,7 +189,7 @@ class NoiseSchedule:
             >>> NoiseSchedule.geometric(3, first_log_snr=2, last_log_snr=-2).log_snr.round(decimals=6)
             tensor([ 2.,  0., -2.], dtype=torch.float64)
         """
-        _check_num_timesteps(num_timesteps)
+        check_num_timesteps(num_timesteps)
         if not first_log_snr > last_log_snr:
             raise ValueError(
                 f"expected first_log_snr > last_log_snr, got {first_log_snr} and {last_log_snr}: swap them"
@@ -220,8 +221,8 @@ class NoiseSchedule:
             >>> NoiseSchedule.from_stds([0.6, 0.8]).alpha_bar.sqrt()  # 0.8, 0.8 * 0.6
             tensor([0.8000, 0.4800], dtype=torch.float64)
         """
-        std = _table("stds", stds)
-        _refuse_out_of_range("std", std, "pass standard deviations; variances go through NoiseSchedule.from_betas")
+        std = to_table("stds", stds)
+        refuse_out_of_range("std", std, "pass standard deviations; variances go through NoiseSchedule.from_betas")
         return cls(std.square())
 
     def with_zero_terminal_snr(self) -> NoiseSchedule:
@@ -337,61 +338,6 @@ class NoiseSchedule:
     def _named(self, name: str) -> NoiseSchedule:
         self._config = {"name": name, "num_timesteps": self.num_timesteps, "zero_terminal_snr": False}
         return self
-
-    def _refuse_unusable(self) -> None:
-        flat = (self.log_alpha_bar.diff() >= 0).nonzero()
-        if len(flat):
-            t = int(flat[0]) + 2
-            raise ValueError(
-                f"expected the signal-to-noise ratio to fall at every step, but beta_{t} = {self.beta[t - 1]:.3g} does not "
-                "change it in float64: leave that step out or make it larger"
-            )
-        vanished = ((self.alpha_bar < _SMALLEST) & (self.log_alpha_bar > -math.inf)).nonzero()
-        if len(vanished):
-            t = int(vanished[0]) + 1
-            raise ValueError(
-                f"expected alpha_bar_t >= {_SMALLEST:.2g} (float32's smallest) at every step but an exact zero at T, got "
-                f"exp({self.log_alpha_bar[t - 1]:.4g}) at t = {t}: take fewer steps or smaller betas"
-            )
-
-
-def _table(name: str, values: Sequence[float] | Tensor) -> Tensor:
-    """[T] float64 on the CPU, a copy."""
-    try:
-        table = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"expected {name} to be numbers, one per step, got {type(values).__name__} ({error}): pass a list or a tensor"
-        ) from error
-    if table.dim() != 1 or not len(table):
-        raise ValueError(f"expected {name} of shape [T], T >= 1, got {list(table.shape)}: pass one number per step")
-    return table
-
-
-def _refuse_out_of_range(symbol: str, table: Tensor, remedy: str) -> None:
-    inside = (table > 0) & (table < 1)
-    inside[-1] |= table[-1] == 1
-    if not inside.all():
-        t = int((~inside).nonzero()[0]) + 1
-        raise ValueError(
-            f"expected every {symbol}_t in (0, 1), or 1 at the last step alone, got {symbol}_{t} = {table[t - 1]:.6g}: {remedy}"
-        )
-    smallest = _SMALLEST if symbol == "beta" else math.sqrt(_SMALLEST)
-    if bool((table < smallest).any()):
-        t = int((table < smallest).nonzero()[0]) + 1
-        raise ValueError(
-            f"expected every {symbol}_t >= {smallest:.2g}, below which float32 has no normal variance, got {symbol}_{t} = "
-            f"{table[t - 1]:.3g}: leave that step out or make it larger"
-        )
-
-
-def _check_num_timesteps(num_timesteps: int) -> None:
-    if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool):
-        raise TypeError(
-            f"expected num_timesteps to be an int, got {type(num_timesteps).__name__}: pass the number of steps T"
-        )
-    if num_timesteps < 1:
-        raise ValueError(f"expected num_timesteps >= 1, got {num_timesteps}: a diffusion has at least one step")
 
 
 def _evenly(first: float, last: float, count: int) -> Tensor:
