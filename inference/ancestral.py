@@ -133,15 +133,16 @@ def ancestral_trajectory(
 class Interpolation:
     """The update as an interpolation, x_{t-1} = A_t x_t + B_t x_0-hat + s_t z (notes 004), for t = 1..T.
 
-    A_t and B_t are the weights of the posterior mean mu-tilde_t, s_t^2 = beta-tilde_t. In the letters of 004, whose alpha is
-    the square root of this one's, A = 1/alpha - (1 - alpha^2) / (alpha (1 - alpha-bar^2)) and
-    B = (1 - alpha^2) alpha-bar / (alpha (1 - alpha-bar^2)); its printed bars are slips.
+    A_t and B_t are the weights of the posterior mean mu-tilde_t, and the same for every pair. s_t^2 = beta-tilde_t is the
+    posterior's variance, which is that of the update for ``variance="posterior"`` and t >= 2; other pairs have their own. In
+    the letters of 004, whose alpha is the square root of this one's, A = 1/alpha - (1 - alpha^2) / (alpha (1 - alpha-bar^2))
+    and B = (1 - alpha^2) alpha-bar / (alpha (1 - alpha-bar^2)); its printed bars are slips.
 
     Attributes:
         t: 1..T.
         x_t: A_t, ``[T]`` float64; 0 at t = 1.
         x_0: B_t; 1 at t = 1.
-        noise: s_t; 0 at t = 1.
+        noise: s_t of the posterior; 0 at t = 1.
     """
 
     t: Tensor
@@ -151,7 +152,7 @@ class Interpolation:
 
 
 def interpolation(process: GaussianProcess) -> Interpolation:
-    """The weights of x_t, of x_0-hat and of the noise in each step.
+    """The weights of x_t, of x_0-hat and of the posterior's noise in each step.
 
     Example:
         >>> from ppl_models.processes import NoiseSchedule

@@ -6,7 +6,7 @@ r"""Diffusion models as pairs of programs: a fixed guide, a learned chain back (
 
 and with the second, by Bayes' rule at every step and a telescoping product,
 
-    -ELBO = L_T + L_{T-1} + ... + L_1 + L_0                                     (notes 001, last page; 003)
+    -ELBO = L_T + L_{T-1} + ... + L_1 + L_0            (notes 001, last page, and its indices; 003's L_t is L_{t-1} here)
     L_T = KL(q(x_T | x_0) || p(x_T))
     L_t = E_q KL(q(x_t | x_{t+1}, x_0) || p(x_t | x_{t+1})),  1 <= t < T
     L_0 = -E_q log p(x_0 | x_1)

@@ -143,7 +143,7 @@ class LinearDiffusion(Diffusion):
         return dist.Normal(loc, total.sqrt()).to_event(len(self.data_shape)).log_prob(x)
 
     def terms(self, x: Tensor) -> Tensor:
-        """L_0, .., L_T of the process q, ``[T + 1, B]`` nats, exact: entry t is L_t of notes 001 and 003.
+        """L_0, .., L_T of the process q, ``[T + 1, B]`` nats, exact: entry t is L_t of notes 001 (003's L_{t+1}).
 
         With x_{t+1} ~ N(sqrt(alpha-bar) x_0, 1 - alpha-bar), the two means of L_t differ by an affine function of it, whose
         second moment is a square plus a variance; L_0 likewise.

@@ -1,5 +1,6 @@
 """The built wheel in an empty environment, and the guard against another distribution's ``inference``."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.glob("*.whl"))
+
+
+def test_readme_names_files_and_tests_that_exist():
+    """Links, paths in code quotes, and the test of each slip of the notes."""
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([\w./-]+)\)", text)
+    paths = re.findall(r"`((?:tests|ppl_models|inference|examples)/[\w./-]+)", text)
+    assert len(links) > 10
+    assert len(paths) > 40
+    assert [each for each in {*links, *paths} if not (ROOT / each).exists()] == []
+    slips = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(slips) > 15
+    missing = [
+        f"{file}::{name}"
+        for file, name in slips
+        if f"def {name}(" not in (ROOT / "tests" / file.removeprefix("tests/")).read_text()
+    ]
+    assert missing == []
 
 
 @pytest.mark.xdist_group("wheel")

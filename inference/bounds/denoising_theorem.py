@@ -18,7 +18,10 @@ a = sqrt(alpha-bar) and v = 1 - alpha-bar at t,
 with A x_t + B x_0 the posterior mean mu-tilde_t. Among Gaussians N(mu(x_t), sigma^2 I) the minimiser has
 mu = A x_t + B E[x_0 | x_t]: the "blurry" prediction of 004's remarks on sampling.
 
-The one constraint: the data are draws of that mixture, in the letters p and q of 001 to 003: 004's p(x_{t-1} | x_t) is q here.
+It is no Gaussian itself, and less so for larger beta_t (004's remark 4 on sampling).
+
+The one constraint: the data are draws of that mixture. Here p is 004's true law of data and noise together, which the code
+calls q elsewhere, and p_phi the model.
 """
 
 from __future__ import annotations

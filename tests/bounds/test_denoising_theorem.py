@@ -3,6 +3,7 @@
 z-tests hold at most 6.5 standard errors with 20000 draws behind each: below 1e-8 for the family.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -150,6 +151,21 @@ def test_the_minimiser():
     law = mixture().reverse(process(), torch.as_tensor(GRID)[:, None], torch.tensor(2))
     log_p = law.log_prob(torch.as_tensor(GRID)[:, None, None]).numpy()
     assert (weight * (np.log(reverse + 1e-300) - np.maximum(log_p, -690))).sum() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_reverse_law_is_near_a_gaussian_for_small_steps_alone():
+    """Remark 4 of 004 on sampling: E_{x_t} KL(p(x_{t-1} | x_t) || the Gaussian of its moments), by quadrature."""
+    alpha_bar, found, grid = 0.95, [], torch.as_tensor(GRID)
+    for beta in (0.003, 0.03, 0.3, 0.9):
+        forward = GaussianProcess(NoiseSchedule([1 - alpha_bar, beta]), (1,))
+        law = mixture().reverse(forward, grid[:, None], torch.tensor(2))  # one for each x_2 of the grid
+        p = law.log_prob(grid[:, None, None]).exp().numpy()
+        gaussian = norm(law.mean[:, 0].numpy(), law.stddev[:, 0].numpy()).pdf(GRID[:, None])
+        kl = (p * (np.log(p + 1e-300) - np.log(gaussian + 1e-300))).sum(0) * STEP
+        found.append((kl * density(GRID, alpha_bar * (1 - beta))).sum() * STEP)
+    assert all(small < large for small, large in itertools.pairwise(found))
+    assert 0 < found[0] < 0.01
+    assert found[-1] > 0.1
 
 
 def test_the_gradient_vanishes_at_the_minimiser_and_not_elsewhere():
