@@ -146,7 +146,7 @@ def _is_ours(error: Exception) -> bool:
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = _top(frames[-1].f_globals.get("__name__", "")) if frames else ""
-    return isinstance(error, ValueError | FileExistsError | FileNotFoundError) and raised_in in PROJECT
+    return isinstance(error, ValueError | ImportError | FileExistsError | FileNotFoundError) and raised_in in PROJECT
 
 
 def _top(module: str) -> str:

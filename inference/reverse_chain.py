@@ -7,6 +7,7 @@ the network's, used at every t. What lies between is a few operations on one sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -166,10 +167,18 @@ def make_chain(
             f"expected steps, eta and clip with a DDPM only, got a {type(pair).__name__}: its law has no Gaussian steps; "
             "leave them out"
         )
-    if not isinstance(eta, int | float) or not 0 <= eta <= 1:
-        raise ValueError(f"expected eta in [0, 1], from deterministic to ancestral, got {eta!r}")
-    if clip is not None and not (isinstance(clip, Sequence) and len(clip) == 2 and clip[0] < clip[1]):
-        raise ValueError(f"expected clip=(low, high) with low < high, got {clip!r}")
+    stated = eta
+    eta = _number(stated)
+    if not 0 <= eta <= 1:
+        raise ValueError(f"expected eta in [0, 1], from deterministic to ancestral, got {stated!r}")
+    if clip is not None:
+        try:
+            low, high = (_number(end) for end in clip)
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not low < high:
+            raise ValueError(f"expected clip=(low, high) with low < high, got {clip!r}")
+        clip = (low, high)
     timesteps = _timesteps(steps, pair.num_timesteps)
     strangers = sorted(set(whole_numbers("keep", keep)) - {0, *timesteps})
     if strangers:
@@ -179,6 +188,14 @@ def make_chain(
         )
     coarse = pair if steps is None else respaced(pair, timesteps)  # type: ignore[arg-type]
     return _Chain(coarse, timesteps, eta, clip, keep)
+
+
+def _number(value: Any) -> float:
+    """A number as a float, of numpy or torch, too; anything else as NaN."""
+    try:
+        return math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _timesteps(steps: int | Sequence[int] | None, last: int) -> list[int]:

@@ -272,10 +272,17 @@ class Diffusion(ModelGuidePair, ABC):
         return torch.full(like.shape[: like.dim() - len(self.data_shape)], t, device=like.device)
 
     def _check_network(self, x: Tensor) -> None:
+        t = torch.tensor([1, self.num_timesteps], device=x.device)  # both ends: an embedding may hold 0..T-1
         try:
             with torch.no_grad(), evaluating(self.network):
-                output = self.network(x, self._time(1, x))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                output = self.network(x, t)
+        except IndexError as error:
+            raise ValueError(
+                f"expected network(x_t, t) to take every t in 1..{self.num_timesteps}, but it fails at t = 1 and "
+                f"{self.num_timesteps} ({' '.join(str(error).split())[:120]}): give it t - 1 where it counts from 0, or a "
+                "longer table"
+            ) from error
+        except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(
                 f"expected network(x_t, t) to take x_t of shape {list(x.shape)} and t of shape [2], but it fails "
                 f"({' '.join(str(error).split())[:120]}): match its first layer"

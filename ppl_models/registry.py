@@ -10,8 +10,11 @@ a saved run is to be rebuilt from.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
@@ -70,6 +73,9 @@ PARTS: dict[str, str] = {
 }
 
 
+_outlining: ContextVar[bool] = ContextVar("_outlining", default=False)
+
+
 class UnknownPartError(ValueError):
     """A module that a description cannot hold, or a description that names a class not in the registry."""
 
@@ -102,11 +108,39 @@ def describe(module: Any) -> dict[str, Any]:
     """
     name = type(module).__name__
     if name not in PARTS or getattr(_resolve(PARTS[name]), "__self__", _resolve(PARTS[name])) is not type(module):
+        if _outlining.get():
+            return {"own": name}  # without its module, which is another one where a script defined it
         raise UnknownPartError(
             f"expected a module made of this library's parts, got {type(module).__module__}.{type(module).__qualname__}: "
             "a network of your own cannot be rebuilt from a file; pass the pair itself when loading"
         )
     return {"class": name, **module.config()}
+
+
+def outline(pair: Any) -> dict[str, Any]:
+    """:func:`describe` with the names of one's own classes in place of what they hold: to compare, and not to build from.
+
+    Example:
+        >>> from torch import nn
+        >>> from ppl_models import DDPM
+        >>> from ppl_models.likelihoods import Normal
+        >>> from ppl_models.processes import NoiseSchedule
+        >>> class Mine(nn.Module):
+        ...     def forward(self, x_t, t):
+        ...         return 0 * x_t
+        >>> found = outline(DDPM(Mine(), NoiseSchedule.cosine(4), (2,), predict="x_0", likelihood=Normal()))
+        >>> found["network"]["own"], found["schedule"]["name"], found["predict"]
+        ('Mine', 'cosine', 'x_0')
+    """
+    token = _outlining.set(True)
+    try:
+        found = describe(pair)
+        if "own" in found:  # a pair of one's own: what it says of itself, if it says anything that a file can hold
+            with contextlib.suppress(AttributeError, TypeError, ValueError, NotImplementedError):
+                found = json.loads(json.dumps({**pair.config(), **found}))
+        return found
+    finally:
+        _outlining.reset(token)
 
 
 def build(description: dict[str, Any]) -> Any:

@@ -413,6 +413,13 @@ def test_interpolation_weights_are_the_update():
         assert torch.allclose(pair.mean(output, x_t, weights.t), mean)
 
 
+def test_options_may_be_numpy_s():
+    plain = ancestral_trajectory(best("eps"), 5, eta=0.5, clip=(-1.0, 1.0), seed=0)
+    other = ancestral_trajectory(best("eps"), 5, eta=np.float32(0.5), clip=np.array([-1, 1]), seed=0)
+    assert torch.equal(plain.x_0, other.x_0)
+    assert other.clip == (-1.0, 1.0)
+
+
 def test_float32_and_discretised_data():
     torch.set_default_dtype(torch.float32)
     pair = DDPM(pairs.Tanh(), NoiseSchedule.cosine(4), (2,), "eps", likelihood=DiscretizedNormal(levels=5))
@@ -434,6 +441,7 @@ def test_float32_and_discretised_data():
         (lambda: ancestral_sample(best(), 2, seed=1.5), TypeError, "whole numbers as seed, got 1.5"),
         (lambda: ancestral_sample(best(), 2, eta="a"), ValueError, r"eta in \[0, 1\].*got 'a'"),
         (lambda: ancestral_sample(best(), 2, clip=1.0), ValueError, "low < high, got 1.0"),
+        (lambda: ancestral_sample(best(), 2, clip="ab"), ValueError, "low < high, got 'ab'"),
         (lambda: ancestral_sample(best(), 2, clip=(-1, 1, 2)), ValueError, "low < high, got"),
         (lambda: ancestral_sample(best(), 2, [0, 12]), ValueError, "with 12 among them"),
         (lambda: ancestral_sample(best(), 2, [3, 3, 12]), ValueError, "distinct timesteps"),

@@ -323,6 +323,23 @@ class FirstDatumOnly(nn.Module):
         return x_t[:1]
 
 
+class Table(nn.Module):
+    """An embedding of 0..T-1, as in libraries that count from 0; ``shift`` is what is taken from t."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.table, self.shift = nn.Embedding(T, D), shift
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t + self.table(t - self.shift)
+
+
+def test_a_network_that_counts_from_zero_is_found_at_construction():
+    with pytest.raises(ValueError, match=r"every t in 1..4, but it fails at t = 1 and 4 .*give it t - 1"):
+        ddpm(network=Table(0))
+    assert ddpm(network=Table(1)).model(size=2).shape == (2, D)
+
+
 class Pair(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x_t, x_t

@@ -42,7 +42,7 @@ class Evidence(Printed):
         elbo: mean of log w_k on the same draws, ``[B]`` nats.
         elbo_std_error: its standard error, ``[B]`` nats.
         num_particles: K.
-        num_dims: observed numbers per datum.
+        num_dims: observed numbers per datum; those of each, ``[B]``, where a mask leaves some out.
         plates: names of the dims of ``[B]``.
         note: how the particles were drawn, and what that cost.
         target_std_error: the standard error that was asked for, if any.
@@ -56,7 +56,7 @@ class Evidence(Printed):
     elbo: Tensor
     elbo_std_error: Tensor
     num_particles: int
-    num_dims: int
+    num_dims: int | Tensor
     plates: tuple[str, ...]
     note: str
     target_std_error: float | None = None
@@ -76,7 +76,9 @@ class Evidence(Printed):
         return self.std_error / (self._num_dims_or_nan * math.log(2))
 
     @property
-    def _num_dims_or_nan(self) -> float:
+    def _num_dims_or_nan(self) -> float | Tensor:
+        if isinstance(self.num_dims, Tensor):
+            return torch.where(self.num_dims > 0, self.num_dims.double(), math.nan).to(self.log_evidence.device)
         return self.num_dims or math.nan
 
     @property
@@ -154,10 +156,16 @@ class Evidence(Printed):
         import xarray
 
         names = ("log_evidence", "std_error", "ess", "k_hat", "elbo", "elbo_std_error", "bits_per_dim")
+        attrs = {"units": "nats", "num_particles": self.num_particles, "note": self.note}
+        columns = {name: (self.plates, getattr(self, name).cpu().numpy()) for name in names}
+        if isinstance(self.num_dims, Tensor):
+            columns["num_dims"] = (self.plates, self.num_dims.cpu().numpy())
+        else:
+            attrs["num_dims"] = self.num_dims
         return xarray.Dataset(
-            {name: (self.plates, getattr(self, name).cpu().numpy()) for name in names},
+            columns,
             coords={p: range(n) for p, n in zip(self.plates, self.log_evidence.shape, strict=True)},
-            attrs={"units": "nats", "num_particles": self.num_particles, "num_dims": self.num_dims, "note": self.note},
+            attrs=attrs,
         )
 
 

@@ -122,6 +122,7 @@ def gradient_variance(
         :class:`GradientVariance`. The parameters' own ``.grad`` is left alone.
 
     Raises:
+        TypeError: no mapping.
         ValueError: no loss, fewer than two pairs, a loss without parameters, losses of different parameters, an unknown
             grouping, or grouping by site of a loss that has no :class:`ModelGuidePair` within.
 
@@ -136,6 +137,8 @@ def gradient_variance(
         >>> report.blocks, report["drawn"]["q(z)"].variance > 0
         (('q(z)', 'p(x | z)', 'encoder', 'decoder'), True)
     """
+    if not isinstance(losses, Mapping):
+        raise TypeError(f"expected losses by name, got a {type(losses).__name__}: pass {{'elbo': ElboLoss(pair)}}")
     if not losses:
         raise ValueError("expected at least one loss, got none: pass {'name': loss}")
     if num_pairs < 2:

@@ -48,6 +48,7 @@ from inference.bounds.particles import Particles, Plan, Program, collect, locate
 from inference.bounds.sites import PARTICLES
 from inference.bounds.support import ZeroOutsideSupport
 from inference.bounds.weights import WeightSums
+from inference.bounds.whole_densities import counted
 from inference.progress import Progress
 
 CHUNKS_PER_BLOCK = 2  # the guide is drawn for so many of the model's chunks at once: its own cost is in the calls
@@ -270,14 +271,23 @@ def _of_datum(index: Tensor) -> str:
     return f" of datum {', '.join(str(int(i)) for i in index)}" if len(index) else ""
 
 
-def _num_dims(plan: Plan) -> int:
-    """Observed numbers per datum: the data sites' elements, over those of the shared plates (a factor has none)."""
-    total = 0
+def _num_dims(plan: Plan) -> int | Tensor:
+    """Observed numbers per datum: the data sites' elements, over those of the shared plates (a factor has none).
+
+    Where masks leave some out, those of each datum, ``[B]``.
+    """
+    total, by_datum, masked = 0, torch.zeros(plan.shape), False
     for site in plan.prototype.model.values():
         if holds_data(site):
-            plates = math.prod(frame.size for frame in site["cond_indep_stack"] if frame.vectorized)
-            total += plates * site["fn"].event_shape.numel()
-    return total // max(1, plan.shape.numel())
+            sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+            event = site["fn"].event_shape
+            total += math.prod(sizes.values()) * event.numel()
+            batch = [sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0)]
+            seen = counted(site)
+            masked = masked or not bool(seen.all())
+            numbers = seen.expand([*batch, *event]).reshape([*batch, -1]).sum(-1)
+            by_datum = by_datum + plan.reduce(numbers, plan.prototype)[0].cpu()
+    return by_datum if masked else total // max(1, plan.shape.numel())
 
 
 def _cost(plan: Plan, num_particles: int, rounds: int, chunk_size: int) -> str:

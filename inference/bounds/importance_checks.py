@@ -15,6 +15,7 @@ from inference.bounds.closed_forms import is_point_mass
 from inference.bounds.particles import Particles, Plan, Program, forked_rng, make_plan
 from inference.bounds.sites import Site, is_deterministic
 from inference.bounds.support import excludes_numbers, in_support
+from inference.bounds.whole_densities import why_no_bound
 
 SUPPORT_DRAWS = 200
 
@@ -88,6 +89,8 @@ def check_plan(plan: Plan) -> None:
                     f"expected every batch dimension in a plate, got dim {dim} of size {shape[dim]} at site {name!r} in "
                     "none: put the site into pyro.plate('data', B) if these are data, or declare it with .to_event()"
                 )
+    for why, remedy in why_no_bound(plan.prototype.model, plan.prototype.guide):
+        raise EvidenceError(f"expected weights that estimate p(x), but {why}: {remedy}")
     if not any(site["cond_indep_stack"] for site in factors.values()):
         for name, site in plan.prototype.model.items():
             if holds_data(site) and site["fn"].event_shape.numel():

@@ -17,6 +17,7 @@ from torch import Tensor
 from inference.bounds.closed_forms import is_point_mass
 from inference.bounds.moments import Moments
 from inference.bounds.particles import PairError, Particles, Plan, Program, Site, forked_rng, make_plan
+from inference.bounds.whole_densities import refuse_parts
 from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
 
 
@@ -31,7 +32,7 @@ def data_plan(pair: ModelGuidePair, x: Tensor, guide: Program | None = None) -> 
     Raises:
         TypeError: not a pair.
         ValueError: data that the pair cannot have made.
-        PairError: sites do not match, or are not all inside one data plate.
+        PairError: sites do not match, are not all inside one data plate, or have a scale or a mask of one program alone.
         NotANumberError: a log-density is NaN.
     """
     refuse_other_than_pair(pair)
@@ -43,6 +44,7 @@ def data_plan(pair: ModelGuidePair, x: Tensor, guide: Program | None = None) -> 
             f"{list(plan.shape)} with {plan.nesting} plate dims: put all sites in the data plate and declare other dims "
             "as event dims"
         )
+    refuse_parts(plan.prototype.model, plan.prototype.guide, "for a bound of log p(x)")
     return plan
 
 

@@ -31,6 +31,7 @@ from inference.bounds.importance_checks import missed_by_guide
 from inference.bounds.particles import Particles, Plan, Program, collect, located_draw
 from inference.bounds.sites import PARTICLES, PairError, Site, is_deterministic, sample_sites
 from inference.bounds.support import ZeroOutsideSupport, in_support, opts_out
+from inference.bounds.whole_densities import is_scaled
 
 Start = Literal["guide", "prior"]
 
@@ -245,8 +246,9 @@ def _check(plan: Plan, start: Start) -> None:
         raise PairError("expected latent sites to anneal, got a model without any: its log-density is the evidence")
     if not plan.shared:
         raise PairError(
-            "expected a data plate that every site is in, got none: annealing estimates one evidence a datum; put the "
-            'sites under pyro.plate("data", len(x))'
+            "expected a plate that every site is in, got none: annealing estimates one evidence for each of its elements; put "
+            'the sites of a datum under pyro.plate("data", len(x)), or, where all data share a latent, everything under '
+            'pyro.plate("all", 1, dim=-2)'
         )
     for site in [*plan.prototype.model.values(), *plan.prototype.guide.values()]:
         if site["log_prob"].dim() > plan.nesting and not is_deterministic(site):
@@ -260,6 +262,12 @@ def _check(plan: Plan, start: Start) -> None:
                     f"expected whole plates, got {frame.size} of {frame.full_size} in plate {frame.name!r}: its subsample "
                     "changes from run to run, and so would the density; leave subsample_size out"
                 )
+    for name, site in plan.prototype.model.items():
+        if is_scaled(site) and not is_deterministic(site):
+            raise PairError(
+                f"expected whole densities, got a scale at site {name!r}: powers of densities are no densities, so that their "
+                "product has no evidence; remove poutine.scale"
+            )
     for name, site in latents.items():
         _check_latent(name, site)
     if start == "guide":

@@ -35,6 +35,7 @@ from inference.bounds.sites import (
     refuse_nan,
     sample_sites,
 )
+from inference.bounds.whole_densities import why_no_bound
 from ppl_models.arguments import whole_count
 
 Program = Callable[..., Any]
@@ -200,7 +201,7 @@ def make_plan(
 
 
 def _remarks(prototype: Particles) -> list[str]:
-    """What a reader of the terms has to know of the programs: scales of subsampled plates, and point masses."""
+    """What a reader of the terms has to know of the programs: subsampled plates, and what makes their sum no bound."""
     model, guide = prototype.model, prototype.guide
     frames = {
         f.name: f for site in model.values() for f in site["cond_indep_stack"] if f.full_size not in (None, f.size)
@@ -210,7 +211,10 @@ def _remarks(prototype: Particles) -> list[str]:
         "over the plate, and no mean, is that over all"
         for f in frames.values()
     ]
-    if any(name not in model and not site["is_observed"] for name, site in guide.items()):
+    found += [f"no bound of log p(x): {why}" for why, _ in why_no_bound(model, guide)]
+    if any(
+        name not in model and not site["is_observed"] and not is_point_mass(site["fn"]) for name, site in guide.items()
+    ):
         return found  # auxiliary draws of which a Delta may be a function, with a density, as in autoguides
     for name, site in guide.items():
         law = model[name]["fn"] if name in model else None

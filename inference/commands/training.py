@@ -204,12 +204,20 @@ def overfit_hint(rows: Sequence[Mapping[str, float]], config: Mapping[str, Any])
 
 def _start_from(pair: ModelGuidePair, folder: Path) -> None:
     from inference.training.config import ConfigError
-    from inference.training.runs import load_run
+    from inference.training.runs import comparable, differences, identity_of, load_run
 
+    run = load_run(folder)
     try:
-        pair.load_state_dict(load_run(folder).pair.state_dict())
+        pair.load_state_dict(run.pair.state_dict())
     except RuntimeError as error:
         raise ConfigError(
             f"start_from: the weights of {folder} do not fit this pair ({str(error).splitlines()[-1].strip()}); state the "
             f"options that it was trained with, as in {folder / OPTIONS_FILE}"
         ) from None
+    differing = differences(*comparable(run.config, identity_of(pair)))
+    if differing:
+        warnings.warn(
+            f"start_from: the weights of {folder} go into another pair ({'; '.join(differing)}): they fit, but may mean "
+            "something else there",
+            stacklevel=2,
+        )

@@ -276,8 +276,8 @@ class CompiledObjective(nn.Module):
         mutated = [i for i, tensor in enumerate(state) if _changed(tensor, *before[i])]
         if self._state.write(state):
             raise NotTraceableError(
-                "expected buffers to be changed in place, but the loss puts other tensors in their places: use copy_, or "
-                "train it uncompiled"
+                "expected parameters and buffers to stay where they are, but the loss puts other tensors in their places, as a "
+                "PyroParam does: use copy_ for a buffer and nn.Parameter for a PyroParam, or train it uncompiled"
             )
         if mutated and mutated[0] < self._state.num_parameters:
             raise InPlaceError("expected a loss that leaves parameters as they are, but it changes one in place")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from inference.bounds.closed_forms import law_name, site_divergence
 from inference.bounds.sites import PairError, Site, is_deterministic, sample_sites
+from inference.bounds.whole_densities import unmasked
 from inference.training.objectives import ElboLoss
 from ppl_models.discrete_vae import MAX_STATES, TooManyStatesError
 from ppl_models.pair import ModelGuidePair
@@ -112,8 +113,8 @@ class EnumeratedLoss(DiscreteLoss):
                 states *= len(site["fn"].enumerate_support(expand=False))
             except NotImplementedError as error:
                 raise PairError(
-                    f"expected latents that can be enumerated, got {law_name(site['fn'])} at site {name!r}: use another "
-                    "estimator"
+                    f"expected latents that can be enumerated, got {law_name(site['fn'])} at site {name!r}: use "
+                    'ScoreFunctionLoss, in fit objective="score_function"'
                 ) from error
         if states > MAX_STATES:
             raise TooManyStatesError(
@@ -125,7 +126,7 @@ class EnumeratedLoss(DiscreteLoss):
         enumerated = poutine.enum(config_enumerate(self.pair.guide), first_available_dim=-1 - self.nesting)
         guide = poutine.trace(enumerated).get_trace(x)
         model = poutine.trace(poutine.replay(self.pair.model, trace=guide)).get_trace(x)
-        log_q = sum(_log_prob(site) for site in sample_sites(guide).values() if not site["is_observed"])
+        log_q = sum(_log_probability(site) for site in sample_sites(guide).values() if not site["is_observed"])
         weights = torch.as_tensor(log_q).exp()  # [*values of each latent, B]
         terms = {}
         for name, term in self._site_terms(guide, model).items():
@@ -166,7 +167,7 @@ class ScoreFunctionLoss(DiscreteLoss):
     def _terms(self, x: Tensor) -> dict[str, Tensor]:
         guide, model = self._traces(x)
         log_q = [
-            self._per_datum(_log_prob(site))
+            self._per_datum(_log_probability(site))
             for site in sample_sites(guide).values()
             if not site["is_observed"] and not site["fn"].has_rsample
         ]
@@ -179,6 +180,12 @@ class ScoreFunctionLoss(DiscreteLoss):
             others = (term.sum(0) - term) / (self.num_particles - 1)
             terms[name] = term + (term - others).detach() * score
         return terms
+
+
+def _log_probability(site: Site) -> Tensor:
+    """log q of the value drawn, which its mask does not change."""
+    log_prob: Tensor = unmasked(site["fn"]).log_prob(site["value"])
+    return log_prob
 
 
 def _log_prob(site: Site) -> Tensor:

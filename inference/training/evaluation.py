@@ -129,6 +129,24 @@ def evaluate(
     )
 
 
+def too_few_draws(pair: ModelGuidePair, count: int) -> str:
+    """A sentence where an evaluation of ``count`` data draws fewer t than a diffusion's bound has terms; else nothing.
+
+    Example:
+        >>> from ppl_models import LinearDiffusion
+        >>> from ppl_models.processes import NoiseSchedule
+        >>> pair = LinearDiffusion(NoiseSchedule.cosine(50), torch.zeros(1), torch.ones(1))
+        >>> too_few_draws(pair, 50), too_few_draws(pair, 20)[:43]
+        ('', 'the bound has 50 terms, of which each of 20')
+    """
+    if not isinstance(pair, Diffusion) or pair.num_timesteps <= count:
+        return ""
+    return (
+        f"the bound has {pair.num_timesteps} terms, of which each of {count} validation data draws one: where those that none "
+        "draws are large, the ELBO shown is off by more than its error says; decompose_diffusion and ppl terms give all"
+    )
+
+
 def layers(pair: ModelGuidePair) -> tuple[str, ...]:
     """The latent sites whose rates are reported one by one: those of a hierarchy of 2 to 16 learned layers, else none.
 

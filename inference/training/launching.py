@@ -35,6 +35,7 @@ from inference.training.checkpoints import CheckpointError, load_checkpoint, sav
 from inference.training.config import ConfigError, TrainConfig
 from inference.training.display import TrainingDisplay
 from inference.training.divergence import TrainingDiverged
+from inference.training.evaluation import too_few_draws
 from inference.training.inputs import Inputs
 from inference.training.interrupts import TERMINATED, StopRequest
 from inference.training.objectives import NotReparameterizedError, PrecisionError
@@ -162,6 +163,9 @@ def _work(fabric: Any, job: Job) -> list[dict[str, float]]:
     with forked_rng():
         batches = -(-len(job.inputs.rows) // job.config.batch_size)
         shown = job.progress and first
+        doubt = too_few_draws(job.pair, len(job.inputs.validation_rows))
+        if doubt and first:
+            warnings.warn(doubt, stacklevel=4)
         display = TrainingDisplay(job.config.epochs, batches, shown, units=not isinstance(job.pair, Diffusion))
         records = Records(job.folder, writes=first, tensorboard=job.config.tensorboard)
         trainer = Trainer(

@@ -20,7 +20,17 @@ from inference.training.inputs import fingerprint, prepare_inputs
 from inference.training.launching import Job, launch
 from inference.training.metrics import check_tensorboard
 from inference.training.objective_choice import objective_of, warmup_epochs
-from inference.training.runs import FORMAT, Run, RunError, description_of, environment, load_run, save_model
+from inference.training.runs import (
+    FORMAT,
+    Run,
+    RunError,
+    comparable,
+    differences,
+    environment,
+    identity_of,
+    load_run,
+    save_model,
+)
 from inference.training.storage import RunLock, make_folder
 from inference.training.texts import read_yaml, write_json, write_yaml
 from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
@@ -104,7 +114,7 @@ def fit(
     inputs = prepare_inputs(pair, dataset, config, dtype)
     stated = {
         "format": FORMAT,
-        "pair": description_of(pair),
+        **identity_of(pair),
         "dtype": str(dtype).removeprefix("torch."),
         "data": {**dataset.describe(), "spec": spec, "sha256": fingerprint(dataset)},
         "validation": inputs.validation_name,
@@ -148,24 +158,13 @@ def _is_finished(folder: Path, stated: dict[str, Any], resume: bool) -> bool:
         return False
     if not resume:
         raise RunError(f"{folder} already holds a run: go on with --resume (resume=True), or choose another folder")
-    differing = _differences(read_yaml(config), stated)
+    differing = differences(*comparable(read_yaml(config), stated))
     if differing:
         raise RunError(
             f"{folder} was started under another configuration ({'; '.join(differing)}): resume with the same, "
             "or train into another folder"
         )
     return (folder / "model" / "config.json").is_file()
-
-
-def _differences(recorded: dict[str, Any], stated: dict[str, Any], place: str = "") -> list[str]:
-    found = []
-    for key in sorted(recorded.keys() | stated.keys()):
-        a, b = recorded.get(key), stated.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{place}{key}.")
-        elif a != b:
-            found.append(f"{place}{key} was {a}, is {b}")
-    return found
 
 
 def _check_config(config: TrainConfig, out: Path | None, resume: bool) -> None:

@@ -72,7 +72,8 @@ def objective_of(pair: ModelGuidePair, config: TrainConfig) -> str:
             raise ConfigError(f"objective: {error}") from None
     if (name == "hybrid") != (config.auxiliary_weight is not None):
         raise ConfigError(
-            f"auxiliary_weight: expected with objective hybrid and only there, got {config.auxiliary_weight} with {name!r}"
+            f"auxiliary_weight: expected with objective hybrid and only there, got {config.auxiliary_weight} with {name!r}: "
+            "1000 is usual for a DDPM with learned variance, 0.001 to 0.01 for a D3PM"
         )
     if config.timesteps == "loss_second_moment" and config.processes > 1:
         raise ConfigError(

@@ -25,6 +25,7 @@ from inference.bounds.closed_forms import site_divergence
 from inference.bounds.particles import Plan, forked_rng, make_plan
 from inference.bounds.sites import PairError, Site, is_deterministic
 from inference.bounds.validity import ClosedForms, find_closed_forms
+from inference.bounds.whole_densities import refuse_parts
 from ppl_models.arguments import whole_count
 from ppl_models.evaluation_mode import evaluating
 from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
@@ -63,7 +64,8 @@ class ElboLoss(nn.Module):
     Raises:
         ValueError: ``num_particles`` that is no whole number >= 1; at the first call, data that the pair cannot have made.
         NotReparameterizedError: at the first call, for a latent whose guide law has no ``rsample``.
-        PairError: at the first call, for sites that do not match, or one outside the data plate.
+        PairError: at the first call, for sites that do not match, one outside the data plate, or one that does not count whole:
+            a scale, or a latent that is masked in one program alone.
         PrecisionError: at the first call, for a log-density in half precision.
 
     Example:
@@ -147,6 +149,7 @@ class ElboLoss(nn.Module):
         self.pair.check_data(x)
         with torch.no_grad(), forked_rng(), evaluating(self.pair):
             plan = make_plan(self.pair.model, self.pair.guide, (x,), {}, vectorize=False)
+            refuse_parts(plan.prototype.model, plan.prototype.guide, "for a loss that is minus a bound of log p(x)")
             return plan, find_closed_forms(plan) if self.closed_form else ClosedForms()
 
     def _prepare(self, x: Tensor) -> None:
@@ -168,7 +171,7 @@ class ElboLoss(nn.Module):
             if not site["is_observed"] and not site["fn"].has_rsample:
                 raise NotReparameterizedError(
                     f"expected reparameterised latents, got {type(site['fn']).__name__} at site {name!r}, whose draws carry "
-                    "no gradient: use a score-function or enumerating estimator such as pyro.infer.TraceGraph_ELBO"
+                    'no gradient: use EnumeratedLoss or ScoreFunctionLoss, in fit objective="enumeration" or "score_function"'
                 )
         self.nesting = plan.nesting
         self.closed_sites = frozenset(closed) & frozenset(guide)

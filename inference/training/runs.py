@@ -33,7 +33,7 @@ from inference.training.states import restore_state
 from inference.training.storage import StorageError, make_folder, read_bytes, sha256, write_atomic
 from inference.training.texts import ContentError, read_json, read_yaml, write_json
 from ppl_models.pair import ModelGuidePair
-from ppl_models.registry import UnknownPartError, build, describe
+from ppl_models.registry import UnknownPartError, build, describe, outline
 
 FORMAT = 1
 
@@ -98,7 +98,7 @@ def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:
             then overwritten.
 
     Raises:
-        RunError: not a run, or a pair is needed and none was given.
+        RunError: not a run, or a pair is needed and none was given, or the one given was made in another way.
         CheckpointError: weights that are damaged or do not belong to the description.
         UserWarning: the run is unfinished; the message says how far it got.
     """
@@ -120,6 +120,13 @@ def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:
                 f"{folder} holds a pair with networks of its own: pass it, as in load_run({str(folder)!r}, pair=...)"
             )
         pair = _rebuild(description, folder)
+    else:
+        differing = differences(*comparable(config, identity_of(pair)))
+        if differing:
+            raise RunError(
+                f"{folder} holds another pair than the one passed ({'; '.join(differing)}): its weights would mean something "
+                "else there; pass a pair made as that one was"
+            )
     tensors = _read_weights(folder)
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     pair = pair.to(dtype) if dtype is not None else pair
@@ -159,6 +166,30 @@ def description_of(pair: ModelGuidePair) -> dict[str, Any] | None:
         return describe(pair)
     except UnknownPartError:
         return None
+
+
+def identity_of(pair: ModelGuidePair) -> dict[str, Any]:
+    """What a run records of its pair: a description, or, for networks of one's own, an outline to know it again by."""
+    description = description_of(pair)
+    return {"pair": description, "outline": outline(pair) if description is None else None}
+
+
+def comparable(recorded: dict[str, Any], stated: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both, restricted to what ``stated`` names; runs of older versions have no outline, and are compared without."""
+    keys = [key for key in stated if key in recorded or key != "outline"]
+    return {key: recorded.get(key) for key in keys}, {key: stated[key] for key in keys}
+
+
+def differences(recorded: Any, stated: Any, place: str = "") -> list[str]:
+    """Where two nests of dicts and plain values differ, in words."""
+    if not (isinstance(recorded, dict) and isinstance(stated, dict)):
+        return [] if recorded == stated else [f"{place} was {recorded}, is {stated}"]
+    keys = sorted(recorded.keys() | stated.keys())
+    return [
+        text
+        for key in keys
+        for text in differences(recorded.get(key), stated.get(key), f"{place}.{key}" if place else key)
+    ]
 
 
 def environment() -> dict[str, Any]:

@@ -83,7 +83,12 @@ class DiffusersUNet(Denoiser):
     def config(self) -> dict[str, Any]:
         """Arguments of :meth:`from_config`, JSON-able."""
         settings: Any = self.unet.config
-        return {
-            "data_shape": self.data_shape,
-            "unet": {key: value for key, value in dict(settings).items() if not key.startswith("_")},
-        }
+        chosen = {key: value for key, value in dict(settings).items() if not key.startswith("_")}
+        return {"data_shape": self.data_shape, "unet": _with_lists(chosen)}
+
+
+def _with_lists(value: Any) -> Any:
+    """Tuples, which are diffusers' own defaults and no JSON, as lists."""
+    if isinstance(value, dict):
+        return {key: _with_lists(each) for key, each in value.items()}
+    return [_with_lists(each) for each in value] if isinstance(value, tuple | list) else value

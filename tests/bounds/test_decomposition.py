@@ -58,7 +58,8 @@ def test_particles_one_at_a_time_give_the_same_law(make):
     case = make()
     d = case.run(num_particles=300, vectorize=False)
     assert discrepancies(d, case.terms) == []
-    assert d.note == "particles drawn one at a time, as asked"
+    assert d.note.startswith("particles drawn one at a time, as asked")
+    assert ("sites 'mu', 'z', 'x' are scaled" in d.note) == (make is handled_programs.scaled)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 10_000])

@@ -45,6 +45,16 @@ def test_steps_count_from_zero_there_and_dims_are_restored():
     assert network(x[0, 0], torch.tensor(7)).shape == (3, 8, 8)
 
 
+def test_tuples_of_the_settings_are_written_as_lists():
+    """diffusers' own defaults are tuples, which YAML and JSON files have none of."""
+    unet = StubUNet()
+    unet.config = Config(in_channels=3, out_channels=3, block_out_channels=(32, (64, 64)), sizes={"a": (1,)})
+    config = DiffusersUNet(unet, (3, 8, 8)).config()
+    assert config["unet"]["block_out_channels"] == [32, [64, 64]]
+    assert config["unet"]["sizes"] == {"a": [1]}
+    assert json.loads(json.dumps(config)) == config
+
+
 def test_grey_images_need_no_channel_axis():
     assert DiffusersUNet(StubUNet(1, 1), (8, 8))(torch.zeros(4, 8, 8), torch.tensor(2)).shape == (4, 8, 8)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from inference import RunError, fit, load_run
 from inference.training.checkpoints import CheckpointError
@@ -19,8 +20,9 @@ from inference.training.metrics import append_metrics, read_metrics, write_metri
 from inference.training.runs import Run
 from inference.training.storage import RunLock, RunLocked, StorageError
 from inference.training.texts import ContentError
-from ppl_models import VAE, LinearDiffusion, LinearGaussian, NoiseSchedule
+from ppl_models import DDPM, VAE, LinearDiffusion, LinearGaussian, NoiseSchedule
 from ppl_models.likelihoods import Bernoulli, Normal
+from ppl_models.networks.residual_mlp import ResidualMLP
 from ppl_models.registry import build, describe
 from tests.training.saved_states import same
 from tests.training.training_pairs import PointMass, linear_vae, points
@@ -68,8 +70,65 @@ def test_a_pair_with_networks_of_its_own_is_passed_again(tmp_path: Path) -> None
         load_run(tmp_path / "run")
     loaded = load_run(tmp_path / "run", PointMass())
     assert same(dict(loaded.pair.state_dict()), dict(run.pair.state_dict()))
-    with pytest.raises(CheckpointError, match="the weights do not fit the pair"):
+    with pytest.raises(RunError, match=r"holds another pair than the one passed .*outline.own was PointMass"):
         load_run(tmp_path / "run", linear_vae())
+    with pytest.raises(CheckpointError, match="the weights do not fit the pair"):
+        load_run(tmp_path / "run", PointMass(latent_dim=1))
+
+
+class Denoiser(nn.Module):
+    """A network of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(2, 2)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.body(x_t)
+
+
+OTHER_DDPMS: dict[str, tuple[dict[str, Any], str]] = {
+    "prediction": ({"predict": "x_0"}, "predict was eps, is x_0"),
+    "schedule": ({"schedule": NoiseSchedule.cosine(6)}, "schedule.num_timesteps was 5, is 6"),
+    "variance": ({"variance": "posterior"}, "variance was beta, is posterior"),
+    "likelihood": ({"likelihood": Normal(scale=0.3)}, "likelihood.scale was None, is 0.3"),
+}
+
+
+@pytest.mark.parametrize("network", ["own", "library's"])
+@pytest.mark.parametrize("name", OTHER_DDPMS)
+def test_the_same_weights_under_another_meaning_are_refused(name: str, network: str, tmp_path: Path) -> None:
+    """All of these take the weights as they are: only what is written down of the pair tells them apart."""
+
+    def ddpm(**options: Any) -> DDPM:
+        body = Denoiser() if network == "own" else ResidualMLP((2,), hidden=4, blocks=1)
+        stated = {"network": body, "schedule": NoiseSchedule.cosine(5), "data_shape": (2,), "likelihood": Normal()}
+        return DDPM(**{**stated, **options})
+
+    options, reason = OTHER_DDPMS[name]
+    x = points(12, 2)
+    run = fit(ddpm(), x, tmp_path / "run", **OPTIONS)
+    assert (run.config["pair"] is None) == (network == "own")
+    for call in (
+        lambda: load_run(tmp_path / "run", ddpm(**options)),
+        lambda: fit(ddpm(**options), x, tmp_path / "run", resume=True, **OPTIONS),
+    ):
+        with pytest.raises(RunError, match=reason):
+            call()
+    again = load_run(tmp_path / "run", ddpm())
+    assert same(dict(again.pair.state_dict()), dict(run.pair.state_dict()))
+    assert fit(ddpm(), x, tmp_path / "run", resume=True, **OPTIONS).metrics == run.metrics
+
+
+def test_a_run_without_an_outline_loads(tmp_path: Path) -> None:
+    """As older versions wrote it."""
+    fit(PointMass(), points(12, 3), tmp_path / "run", **OPTIONS)
+    config = tmp_path / "run" / "config.yaml"
+    stated = yaml.safe_load(config.read_text())
+    assert stated.pop("outline") == {"own": "PointMass"}
+    config.write_text(yaml.safe_dump(stated))
+    load_run(tmp_path / "run", PointMass())
+    fit(PointMass(), points(12, 3), tmp_path / "run", resume=True, **OPTIONS)
 
 
 def test_what_is_no_run_or_not_finished_says_so(run: Run, tmp_path: Path) -> None:

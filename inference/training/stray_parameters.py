@@ -1,0 +1,43 @@
+"""Parameters that a pair's programs use and the pair does not hold: nothing would train, save or move them.
+
+The one constraint: programs are run once on a few data, with the random state and the parameter store left as they were.
+"""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from inference.bounds.particles import forked_rng
+from inference.bounds.sites import PairError
+from ppl_models.evaluation_mode import evaluating
+from ppl_models.pair import ModelGuidePair
+
+__all__ = ["refuse_stray_parameters"]
+
+
+def refuse_stray_parameters(pair: ModelGuidePair, x: Tensor) -> None:
+    """Refuses ``pyro.param`` sites whose tensors are none of the pair's own parameters.
+
+    Args:
+        pair: the programs.
+        x: some data, ``[B, *data_shape]``.
+
+    Raises:
+        PairError: the message names the site and the remedy.
+    """
+    own = {id(parameter) for parameter in pair.parameters()}
+    with pyro.get_param_store().scope(), torch.no_grad(), forked_rng(), evaluating(pair):
+        guide = poutine.trace(pair.guide).get_trace(x)
+        model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(x)
+    for program, trace in (("guide", guide), ("model", model)):
+        for name in trace.param_nodes:
+            value = trace.nodes[name]["value"]
+            free = value.unconstrained() if hasattr(value, "unconstrained") else value
+            if free is not None and free.requires_grad and id(free) not in own:
+                raise PairError(
+                    f"expected parameters that the pair holds, got pyro.param({name!r}) in the {program}, which lives in "
+                    "Pyro's store and would stay as it is: make it an nn.Parameter of the pair or a PyroParam of a PyroModule"
+                )
