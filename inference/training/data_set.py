@@ -39,6 +39,7 @@ class DataSet:
         alphabet: of text, the character of each class in one string; None for all else.
         standardization: with scaling "standard", what was done to the values; :func:`as_dataset` makes it.
         test_fraction: what part was held out by a permutation, where that was asked for.
+        spec: what :func:`load_data` reads again to the same data; None where nothing does.
 
     Raises:
         DataError: values, shapes or labels that are not what the rest states.
@@ -57,6 +58,7 @@ class DataSet:
     alphabet: str | None = None
     standardization: Standardization | None = None
     test_fraction: float | None = None
+    spec: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("scaling", self.scaling, SCALINGS)

@@ -132,7 +132,9 @@ def load_data(
         if source.test is not None:
             raise DataError(f"test_fraction: {spec} has a held-out part ({source.split}); leave it out")
         source = with_held_out(source, test_fraction)
-    return _state(source, scaling, binarization, test_fraction, standardization)
+    data = _state(source, scaling, binarization, test_fraction, standardization)
+    as_recorded = image_size is None and alphabet is None and standardization is None  # what a run does not keep
+    return replace(data, spec=spec) if as_recorded else data
 
 
 def as_dataset(

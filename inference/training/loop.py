@@ -66,7 +66,8 @@ def fit(
         resume: go on with the run in ``out``, under its own configuration; where there is none yet a new one begins, which is
             said in a logged warning.
         progress: show epochs on stderr.
-        spec: what ``data`` was read from, so that the run can read it again; known when ``data`` is a name.
+        spec: what ``data`` was read from, so that the run can read it again; known when ``data`` is a name, or comes from
+            :func:`load_data`.
         scaling: of a tensor, an array or a Dataset: "none" (as they are), "unit", "symmetric", "classes" or "standard";
             integers are classes by themselves where the pair's likelihood is over classes.
         binarization: of data in [0, 1]: "none", "dynamic" or "fixed".
@@ -110,6 +111,7 @@ def fit(
     if scaling is None and _is_integer(data) and getattr(likelihood, "scaling", None) == "classes":
         scaling, levels = "classes", levels or likelihood.num_classes  # type: ignore[union-attr]
     dataset = as_dataset(data, scaling=scaling, binarization=binarization, levels=levels)
+    spec = dataset.spec if spec is None else spec
     dtype = _DTYPES.get(config.precision or "", _dtype_of(pair))
     inputs = prepare_inputs(pair, dataset, config, dtype)
     stated = {

@@ -175,9 +175,18 @@ def identity_of(pair: ModelGuidePair) -> dict[str, Any]:
 
 
 def comparable(recorded: dict[str, Any], stated: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both, restricted to what ``stated`` names; runs of older versions have no outline, and are compared without."""
+    """Both, restricted to what ``stated`` names and to what numbers depend on.
+
+    Runs of older versions have no outline, and are compared without. Data read by a name and the same data handed over are
+    the same: their hash is compared.
+    """
     keys = [key for key in stated if key in recorded or key != "outline"]
-    return {key: recorded.get(key) for key in keys}, {key: stated[key] for key in keys}
+    return tuple({key: _essence(key, config.get(key)) for key in keys} for config in (recorded, stated))  # type: ignore[return-value]
+
+
+def _essence(key: str, value: Any) -> Any:
+    idle = {"train": ("checkpoint_seconds", "tensorboard"), "data": ("spec",)}.get(key, ())
+    return {k: v for k, v in value.items() if k not in idle} if isinstance(value, dict) else value
 
 
 def differences(recorded: Any, stated: Any, place: str = "") -> list[str]:

@@ -14,8 +14,9 @@ import torch
 import yaml
 from torch import nn
 
-from inference import RunError, fit, load_run
+from inference import RunError, fit, load_data, load_run
 from inference.training.checkpoints import CheckpointError
+from inference.training.datasets import as_dataset
 from inference.training.metrics import append_metrics, read_metrics, write_metrics
 from inference.training.runs import Run
 from inference.training.storage import RunLock, RunLocked, StorageError
@@ -393,3 +394,19 @@ def test_an_edited_description_is_refused(edit, match, tmp_path):
     config.write_text(edit(config.read_text()))
     with pytest.raises(RunError, match=match):
         load_run(tmp_path / "run")
+
+
+def test_data_that_came_by_name_are_read_again_by_it(tmp_path: Path) -> None:
+    digits = load_data("digits", scaling="symmetric")
+    pair = VAE.preset((8, 8), Normal(), latent_dim=2, hidden=(4,))
+    run = fit(pair, digits, tmp_path / "run", epochs=1, batch_size=500, progress=False)
+    assert torch.equal(load_run(tmp_path / "run").data().test, digits.test)
+    other = fit(pair, as_dataset(digits.train), epochs=1, batch_size=500, progress=False)
+    assert run.config["data"]["spec"] == "digits"
+    assert other.config["data"]["spec"] is None
+
+
+def test_what_no_number_depends_on_may_change_when_a_run_goes_on(run: Run) -> None:
+    assert fit(preset(), points(), run.folder, resume=True, checkpoint_seconds=7.0, **OPTIONS).metrics == run.metrics
+    with pytest.raises(RunError, match=r"train.learning_rate was 0.001, is 0.5"):
+        fit(preset(), points(), run.folder, resume=True, learning_rate=0.5, **OPTIONS)
