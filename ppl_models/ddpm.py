@@ -5,22 +5,16 @@ r"""Denoising diffusion: the Gaussian chain and its reverse (lecture notes 001, 
     p(x_{t-1} | x_t) = N(mu(x_t, t), sigma_t^2 I),  t >= 2                 learned
     p(x_0 | x_1)     = likelihood(mu(x_1, 1)), with variance sigma_1^2 = beta_1 unless the likelihood states its own
 
-The network predicts one of three things, each a parameterisation of the same mean (Ho et al. 2020, arXiv:2006.11239):
-
-    eps    mu = (x_t - beta_t / sqrt(1 - alpha-bar_t) eps) / sqrt(alpha_t)                            eq. 11, notes 003
-    x_0    mu = [sqrt(alpha-bar_{t-1}) beta_t x_0 + sqrt(alpha_t) (1 - alpha-bar_{t-1}) x_t] / (1 - alpha-bar_t)   eq. 7
-    mean   mu itself
-
-where notes 003 print sqrt(1 - alpha_t) in the first and 001 another form of the second; both are slips. Nothing here
-clips the x_0 that the network stands for: that would be another model.
+The network predicts eps, x_0, v or the mean itself, four parameterisations of one mean: :mod:`ppl_models.predictions`. Nothing
+here clips the x_0 that the network stands for: that would be another model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyro.distributions as dist
 import torch
@@ -34,13 +28,13 @@ from ppl_models.likelihoods import DiscretizedNormal, Likelihood, LocationScale
 from ppl_models.networks.grid_denoiser import GridDenoiser
 from ppl_models.networks.residual_mlp import ResidualMLP
 from ppl_models.networks.unet import UNet
+from ppl_models.predictions import Prediction, eps_of, error_factor, gain, mean_of, target_of, weight_x_t, x_0_of
 from ppl_models.processes.gaussian import GaussianProcess
 from ppl_models.processes.schedules import NoiseSchedule
 from ppl_models.registry import describe
 
 __all__ = ["DDPM"]
 
-Prediction = Literal["eps", "x_0", "mean"]
 Variance = Literal["beta", "posterior", "learned"]
 
 _LOG_SNR_OF_17_LEVELS = 7.8  # tried on digits
@@ -56,7 +50,7 @@ class DDPM(Diffusion):
             shape of x_t. With ``variance="learned"`` it has one more axis, the last, of length 2: the prediction and v.
         schedule: beta_1 .. beta_T.
         data_shape: shape of one datum.
-        predict: what the network predicts, see above.
+        predict: what the network predicts, ``"eps"``, ``"x_0"``, ``"v"`` or ``"mean"``; see :mod:`ppl_models.predictions`.
         variance: sigma_t^2. ``"beta"``: beta_t. ``"posterior"``: beta-tilde_t, at t = 1 (where it is 0) beta_1.
             ``"learned"``: between the two on a log scale, exp(w log beta_t + (1 - w) log beta-tilde_t) with
             w = sigmoid(v), so that no v leaves the interval, and beta-tilde_2 in place of beta-tilde_1 = 0 (Nichol and
@@ -96,14 +90,14 @@ class DDPM(Diffusion):
                 f"expected a NoiseSchedule, got {type(schedule).__name__}: NoiseSchedule.from_betas takes variances"
             )
         data_shape = sizes("data_shape", data_shape)
-        if predict not in ("eps", "x_0", "mean"):
-            raise ValueError(f"expected predict 'eps', 'x_0' or 'mean', got {predict!r}")
+        if predict not in get_args(Prediction):
+            raise ValueError(f"expected predict 'eps', 'x_0', 'v' or 'mean', got {predict!r}")
         if variance not in ("beta", "posterior", "learned"):
             raise ValueError(f"expected variance 'beta', 'posterior' or 'learned', got {variance!r}")
         if predict == "eps" and schedule.zero_terminal_snr:
             raise ValueError(
                 "expected alpha_bar_T > 0 with predict='eps', got 0: x_T is then eps itself and says nothing of x_0; use "
-                "predict='x_0' or 'mean', or a schedule that ends above zero signal"
+                "predict='v', 'x_0' or 'mean', or a schedule that ends above zero signal"
             )
         likelihood = DiscretizedNormal(levels=256) if likelihood is None else likelihood
         if not isinstance(likelihood, LocationScale):
@@ -135,6 +129,7 @@ class DDPM(Diffusion):
         blocks: int | None = None,
         predict: Prediction = "eps",
         variance: Variance = "learned",
+        zero_terminal_snr: bool = False,
     ) -> DDPM:
         """A DDPM with one of the library's denoisers.
 
@@ -151,6 +146,8 @@ class DDPM(Diffusion):
             blocks: residual blocks, 3; of a U-Net at each resolution, 1.
             predict: see the class.
             variance: see the class.
+            zero_terminal_snr: bend the schedule to alpha-bar_T = 0, see :meth:`NoiseSchedule.with_zero_terminal_snr`; for
+                ``predict="v"``, ``"x_0"`` and ``"mean"``.
 
         Raises:
             ValueError: an unknown name, images with their channels last, or what schedule and network refuse.
@@ -164,6 +161,7 @@ class DDPM(Diffusion):
             steps = NoiseSchedule.geometric(num_timesteps, _LOG_SNR_OF_17_LEVELS + 2 * math.log((levels - 1) / 16))
         else:
             steps = schedules[schedule](num_timesteps)
+        steps = steps.with_zero_terminal_snr() if zero_terminal_snr else steps
         on_grid = predict == "eps" and learned and levels is not None
         shape = sizes("data_shape", data_shape)
         last = len(shape) == 3 and shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4)
@@ -209,8 +207,8 @@ class DDPM(Diffusion):
         return dist.Normal(self.mean(output, x_t, t), self.scale(output, x_t, t)).to_event(len(self.data_shape))
 
     def draw_marginal(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """x_t, and its eps where that is what the network predicts: it need not be computed back from x_t and x_0."""
-        if self.predict != "eps":
+        """x_t, and its eps where a network that predicts eps or v has use for it: it need not be computed back."""
+        if self.predict not in ("eps", "v"):
             return super().draw_marginal(x_0, t)
         x_t, noise = self.process.sample_marginal_with_noise(x_0, t)
         return x_t, {"noise": noise}
@@ -225,7 +223,7 @@ class DDPM(Diffusion):
             scale = self.scale(output, x_t, t)
             ratio = (c("sqrt_posterior_variance") / scale).square()
             return 0.5 * sum_rightmost(
-                torch.addcmul(ratio - 1 - ratio.log(), (self._gain(c) / scale).square(), error), n
+                torch.addcmul(ratio - 1 - ratio.log(), (gain(self.predict, c) / scale).square(), error), n
             )
         weight, excess = c("error_weight").reshape(t.shape), c("variance_excess").reshape(t.shape)
         return torch.addcmul(excess, weight, sum_rightmost(error, n))
@@ -238,16 +236,15 @@ class DDPM(Diffusion):
         dtype = torch.promote_types(x_t.dtype, prediction.dtype)
         std = c("sqrt_beta") if self.variance == "beta" else c("sqrt_posterior_variance")
         x = torch.empty(x_t.shape, dtype=dtype, device=x_t.device).normal_(0, std)
-        match self.predict:
-            case "eps":
-                x.add_(x_t, alpha=1 / c("sqrt_alpha"))
-            case "x_0":
-                x.add_(x_t, alpha=c("posterior_weight_x_t"))
-        return x.add_(prediction, alpha=self._gain(c))
+        if self.predict != "mean":
+            x.add_(x_t, alpha=weight_x_t(self.predict, c))
+        return x.add_(prediction, alpha=gain(self.predict, c))
 
     def reconstruction_law(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """likelihood(mu(x_1, 1)), its scale sigma_1 unless it states its own; see the base class."""
-        return self.reconstruction_at(self._mean(output, x_1, partial(self.process.number, t=1)), output, x_1)
+        return self.reconstruction_at(
+            mean_of(self.predict, self._prediction(output), x_1, partial(self.process.number, t=1)), output, x_1
+        )
 
     def reconstruction_at(self, mean: Tensor, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """:meth:`reconstruction_law` with another location, such as a mu(x_1, 1) = x_0-hat(x_1, 1) that was clipped."""
@@ -261,7 +258,7 @@ class DDPM(Diffusion):
 
     def mean(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """mu(x_t, t), ``[*batch, *data_shape]``, from the network's output there."""
-        return self._mean(output, x_t, partial(self.process.coefficient, t=t, like=x_t))
+        return mean_of(self.predict, self._prediction(output), x_t, partial(self.process.coefficient, t=t, like=x_t))
 
     def scale(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """sigma_t, broadcastable to ``[*batch, *data_shape]``; for t >= 2, and for t = 1 where it is learned."""
@@ -279,23 +276,11 @@ class DDPM(Diffusion):
 
     def predict_x_0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x_0 of which mu(x_t, t) is the posterior mean mu-tilde(x_t, x_0); not clipped."""
-        prediction, c = self._prediction(output), partial(self.process.coefficient, t=t, like=x_t)
-        match self.predict:
-            case "eps":
-                return (x_t - c("sqrt_marginal_variance") * prediction) / c("sqrt_alpha_bar")
-            case "x_0":
-                return prediction
-        return (prediction - c("posterior_weight_x_t") * x_t) / c("posterior_weight_x_0")
+        return x_0_of(self.predict, self._prediction(output), x_t, partial(self.process.coefficient, t=t, like=x_t))
 
     def predict_eps(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The eps of x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps that goes with mu(x_t, t)."""
-        prediction, c = self._prediction(output), partial(self.process.coefficient, t=t, like=x_t)
-        match self.predict:
-            case "eps":
-                return prediction
-            case "x_0":
-                return (x_t - c("sqrt_alpha_bar") * prediction) / c("sqrt_marginal_variance")
-        return (x_t - c("sqrt_alpha") * prediction) * c("sqrt_marginal_variance") / c("beta")
+        return eps_of(self.predict, self._prediction(output), x_t, partial(self.process.coefficient, t=t, like=x_t))
 
     def step_losses(
         self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None = None
@@ -310,49 +295,17 @@ class DDPM(Diffusion):
         r"""\|eps - eps_theta(x_t, t)\|^2, the loss L_simple of notes 003 (arXiv:2006.11239, eq. 14), ``[*batch]``."""
         n, c = len(self.data_shape), partial(self.process.coefficient, t=t, like=x_t)
         error = sum_rightmost(self._squared_error(output, x_0, x_t, t, noise), n)
-        match self.predict:
-            case "eps":
-                return error
-            case "x_0":
-                factor = c("snr")
-            case _:
-                factor = c("alpha") * c("marginal_variance") / c("beta").square()
-        return factor.reshape(t.shape) * error
+        if self.predict == "eps":
+            return error
+        return error_factor(self.predict, c).reshape(t.shape) * error
 
     def _squared_error(
         self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None = None
     ) -> Tensor:
         """(prediction - what a perfect network returns)^2 in each dimension; ``noise``: the eps of x_t, where it is known."""
         prediction, c = self._prediction(output), partial(self.process.coefficient, t=t, like=x_t)
-        match self.predict:
-            case "eps" if noise is not None:
-                target = noise
-            case "eps":
-                target = torch.addcmul(x_t, c("sqrt_alpha_bar"), x_0, value=-1).div_(c("sqrt_marginal_variance"))
-            case "x_0":
-                target = x_0.expand(x_t.shape)
-            case _:
-                target = self.process.posterior_mean(x_t, x_0, t)
+        target = target_of(self.predict, x_0, x_t, noise, c)
         return mse_loss(prediction.to(target.dtype), target, reduction="none")  # one pass, and one backwards
-
-    def _mean(self, output: Tensor, x_t: Tensor, c: Callable[[str], Any]) -> Tensor:
-        """:meth:`mean`, from what gives the coefficients: tensors, or numbers where all data are at one t."""
-        prediction = self._prediction(output)
-        match self.predict:
-            case "eps":
-                return (x_t - c("beta") / c("sqrt_marginal_variance") * prediction) / c("sqrt_alpha")
-            case "x_0":
-                return c("posterior_weight_x_0") * prediction + c("posterior_weight_x_t") * x_t
-        return prediction
-
-    def _gain(self, c: Callable[[str], Any]) -> Any:
-        """How far mu moves with the prediction, from what gives the coefficients."""
-        match self.predict:
-            case "eps":
-                return -c("beta") / (c("sqrt_marginal_variance") * c("sqrt_alpha"))
-            case "x_0":
-                return c("posterior_weight_x_0")
-        return 1.0
 
     def _tabulate_divergence(self, schedule: NoiseSchedule) -> None:
         """What :meth:`step_divergence` needs of each t, in float64: r - 1 - log r, of second order, cancels in float32."""
@@ -361,7 +314,7 @@ class DDPM(Diffusion):
         log_ratio = schedule.log_posterior_variance - log_variance
         log_ratio[0] = 0.0  # at t = 1 there is no such step
         self.process.tabulate(
-            error_weight=0.5 * self._gain(c) ** 2 * (-log_variance).exp(),
+            error_weight=0.5 * gain(self.predict, c) ** 2 * (-log_variance).exp(),
             variance_excess=0.5 * self.data_shape.numel() * (log_ratio.expm1() - log_ratio),
         )
 

@@ -47,6 +47,8 @@ class Best(nn.Module):
         x_0 = LOC + a * SCALE**2 / (a.square() * SCALE**2 + v) * (x_t - a * LOC)
         if self.predict == "eps":
             out = (x_t - a * x_0) / v.sqrt()
+        elif self.predict == "v":
+            out = (a * x_t - x_0) / v.sqrt()
         elif self.predict == "mean":
             out = self.process.posterior_mean(x_t, x_0, t)
         else:
@@ -133,7 +135,7 @@ class Wide(DDPM):
 
 
 @pytest.mark.parametrize("variance", ["beta", "posterior", "learned"])
-@pytest.mark.parametrize("predict", ["eps", "x_0", "mean"])
+@pytest.mark.parametrize("predict", ["eps", "x_0", "v", "mean"])
 def test_a_step_is_a_draw_from_the_reverse_law(predict, variance):
     pair = best(predict, variance)
     wide = Wide(pair.network, pair.process.schedule, pair.data_shape, predict, variance, pair.likelihood)
@@ -202,7 +204,7 @@ def test_without_noise_it_is_a_function_of_x_T():
     assert torch.equal(run.x_0, run.states[0])
 
 
-@pytest.mark.parametrize("predict", ["eps", "mean"])
+@pytest.mark.parametrize("predict", ["eps", "v", "mean"])
 @pytest.mark.parametrize("options", [{}, {"steps": 5}, {"steps": 5, "eta": 0.3}, {"eta": 0.0}, {"clip": (0.0, 1.0)}])
 def test_every_parameterisation_gives_the_same_numbers(predict, options):
     for variance in ("beta", "posterior", "learned"):
@@ -406,7 +408,7 @@ def test_interpolation_weights_are_the_update():
     """x_{t-1} - noise = A_t x_t + B_t x_0-hat for every parameterisation, by the pair's own reverse law."""
     weights = interpolation(GaussianProcess(SCHEDULE, (1,)))
     x_t = torch.randn(T, 1)
-    for predict in ("eps", "x_0", "mean"):
+    for predict in ("eps", "x_0", "v", "mean"):
         pair = best(predict)
         output = pair.denoise(x_t, weights.t)
         mean = weights.x_t[:, None] * x_t + weights.x_0[:, None] * pair.predict_x_0(output, x_t, weights.t)

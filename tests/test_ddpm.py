@@ -1,4 +1,4 @@
-"""DDPM: three parameterisations of one mean, three variances, the decoder at t = 1, what is refused."""
+"""DDPM: four parameterisations of one mean, three variances, the decoder at t = 1, what is refused."""
 
 import json
 import math
@@ -47,6 +47,9 @@ class Equivalent(nn.Module):
         eps = self.network(x_t, t)
         if self.predict == "x_0":
             return (x_t - (1 - bar).sqrt() * eps) / bar.sqrt()
+        if self.predict == "v":
+            x_0 = (x_t - (1 - bar).sqrt() * eps) / bar.sqrt()
+            return bar.sqrt() * eps - (1 - bar).sqrt() * x_0
         return (x_t - b / (1 - bar).sqrt() * eps) / a.sqrt()
 
 
@@ -60,7 +63,7 @@ def data(n=4):
     return torch.randn(n, D, generator=torch.Generator().manual_seed(1))
 
 
-# One mean, three parameterisations
+# One mean, four parameterisations
 
 
 def site_log_probs(pair, x):
@@ -82,7 +85,7 @@ def site_log_probs(pair, x):
     "likelihood", [lambda: Normal(), lambda: DiscretizedNormal(levels=256)], ids=["normal", "discretized"]
 )
 @pytest.mark.parametrize("variance", ["beta", "posterior"])
-@pytest.mark.parametrize("predict", ["x_0", "mean"])
+@pytest.mark.parametrize("predict", ["x_0", "v", "mean"])
 def test_equivalent_networks_give_identical_numbers(predict, variance, likelihood):
     x = ((data().clamp(-1, 1) + 1) / 2 * 255).round() / 255 * 2 - 1  # on the grid of 256 levels
     eps = ddpm("eps", variance, likelihood())
@@ -282,7 +285,7 @@ def test_ddpm_is_an_hvae_with_the_fixed_guide():
 @pytest.mark.parametrize(
     ("build", "error", "match"),
     [
-        (lambda: ddpm(predict="score"), ValueError, "expected predict 'eps', 'x_0' or 'mean', got 'score'"),
+        (lambda: ddpm(predict="score"), ValueError, "expected predict 'eps', 'x_0', 'v' or 'mean', got 'score'"),
         (lambda: ddpm(variance="free"), ValueError, "expected variance 'beta', 'posterior' or 'learned', got 'free'"),
         (lambda: ddpm(betas=(0.5, 1.0)), ValueError, "expected alpha_bar_T > 0 with predict='eps', got 0"),
         (lambda: DDPM(Network(), list(BETAS), (3,)), TypeError, "a NoiseSchedule, got list: NoiseSchedule.from_betas"),
@@ -345,7 +348,7 @@ class Pair(nn.Module):
         return x_t, x_t
 
 
-@pytest.mark.parametrize("predict", ["x_0", "mean"])
+@pytest.mark.parametrize("predict", ["x_0", "v", "mean"])
 def test_zero_terminal_snr_is_fine_for_the_other_predictions(predict):
     pair = ddpm(predict, betas=(0.5, 1.0))
     x_t, t = data(2), torch.tensor([1, 2])

@@ -90,6 +90,10 @@ def affine_kernels(pair: DDPM, dim: int) -> list[oracle.Kernel]:
             on_x_0 = np.sqrt(before) * b / (1 - alpha_bar[i])
             gain = on_x_0 * w + np.sqrt(1 - b) * (1 - before) / (1 - alpha_bar[i])
             offset = on_x_0 * c
+        elif pair.predict == "v":  # x_0 = sqrt(alpha-bar) x_t - sqrt(1 - alpha-bar) v
+            on_x_0, noise = np.sqrt(before) * b / (1 - alpha_bar[i]), np.sqrt(1 - alpha_bar[i])
+            gain = on_x_0 * (np.sqrt(alpha_bar[i]) - noise * w) + np.sqrt(1 - b) * (1 - before) / (1 - alpha_bar[i])
+            offset = -on_x_0 * noise * c
         else:
             gain, offset = w, c
         variance = b if pair.variance == "beta" or i == 0 else b * (1 - before) / (1 - alpha_bar[i])
@@ -168,7 +172,7 @@ DERIVATIONS = {
 
 
 @pytest.mark.parametrize("variance", ["beta", "posterior"])
-@pytest.mark.parametrize("predict", ["eps", "x_0", "mean"])
+@pytest.mark.parametrize("predict", ["eps", "x_0", "v", "mean"])
 @pytest.mark.parametrize("name", DERIVATIONS)
 def test_every_derivation_is_the_exact_bound(name, predict, variance):
     pair, x = affine(predict, variance), data()

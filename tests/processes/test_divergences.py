@@ -150,7 +150,7 @@ def test_the_gaussian_prior_term(schedule):
 
 
 @pytest.mark.parametrize("variance", ["beta", "posterior", "learned"])
-@pytest.mark.parametrize("predict", ["eps", "x_0", "mean"])
+@pytest.mark.parametrize("predict", ["eps", "x_0", "v", "mean"])
 def test_the_divergence_of_a_gaussian_step(predict, variance):
     pair = pairs.tanh_ddpm(predict=predict, variance=variance)
     x_0, t = pairs.pixels(20), torch.randint(2, pair.num_timesteps + 1, (20,))
@@ -166,7 +166,7 @@ def test_the_divergence_of_a_gaussian_step(predict, variance):
 
 
 @pytest.mark.parametrize("variance", ["beta", "learned"])
-@pytest.mark.parametrize("predict", ["eps", "x_0", "mean"])
+@pytest.mark.parametrize("predict", ["eps", "x_0", "v", "mean"])
 def test_losses_are_the_same_with_the_noise_and_with_what_it_made(predict, variance):
     pair = pairs.tanh_ddpm(predict=predict, variance=variance)
     x_0, t = pairs.pixels(20), torch.randint(2, pair.num_timesteps + 1, (20,))
@@ -174,14 +174,14 @@ def test_losses_are_the_same_with_the_noise_and_with_what_it_made(predict, varia
     x_t, made_of = pair.draw_marginal(x_0, t)
     torch.manual_seed(0)
     assert torch.equal(x_t, pair.process.sample_marginal(x_0, t))
-    assert list(made_of) == (["noise"] if predict == "eps" else [])
+    assert list(made_of) == (["noise"] if predict in ("eps", "v") else [])
     output = pair.denoise(x_t, t).detach().requires_grad_()
     for loss in (pair.step_divergence, pair.auxiliary_loss):
         given, found = loss(output, x_0, x_t, t, **made_of), loss(output, x_0, x_t, t)
         assert torch.allclose(given, found, rtol=1e-10)
         gradients = [torch.autograd.grad(each.sum(), output)[0] for each in (given, found)]
         assert torch.allclose(*gradients, rtol=1e-8, atol=1e-14)
-        if predict == "eps":
+        if predict in ("eps", "v"):
             assert not torch.allclose(loss(output, x_0, x_t, t, noise=-made_of["noise"]), found, rtol=1e-3)
 
 
