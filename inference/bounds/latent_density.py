@@ -262,14 +262,14 @@ def _check(plan: Plan, start: Start) -> None:
                     f"expected whole plates, got {frame.size} of {frame.full_size} in plate {frame.name!r}: its subsample "
                     "changes from run to run, and so would the density; leave subsample_size out"
                 )
+    for name, site in latents.items():
+        _check_latent(name, site)
     for name, site in plan.prototype.model.items():
         if is_scaled(site) and not is_deterministic(site):
             raise PairError(
                 f"expected whole densities, got a scale at site {name!r}: powers of densities are no densities, so that their "
                 "product has no evidence; remove poutine.scale"
             )
-    for name, site in latents.items():
-        _check_latent(name, site)
     if start == "guide":
         for name, site in plan.prototype.guide.items():
             if is_deterministic(site):

@@ -62,10 +62,10 @@ def is_scaled(site: Site) -> bool:
     return bool(((scale / plates - 1).abs() > 1e-6).any())
 
 
-def why_no_bound(model: dict[str, Site], guide: dict[str, Site]) -> Iterator[tuple[str, str]]:
-    """Why the sum of the terms is no bound of log p(x), each time with the remedy."""
+def why_no_bound(model: dict[str, Site], guide: dict[str, Site], with_scales: bool = True) -> Iterator[tuple[str, str]]:
+    """Why the sum of the terms is no bound of log p(x), each time with the remedy; without scales where these are wanted."""
     scaled = dict.fromkeys(name for name, site in _once(model, guide) if is_scaled(site))
-    if scaled:
+    if scaled and with_scales:
         sites, are = ("sites", "are") if len(scaled) > 1 else ("site", "is")
         yield (
             f"{sites} {', '.join(map(repr, scaled))} {are} scaled, and powers of densities are no densities",
@@ -90,25 +90,26 @@ def why_no_bound(model: dict[str, Site], guide: dict[str, Site]) -> Iterator[tup
                 )
 
 
-def refuse_parts(model: dict[str, Site], guide: dict[str, Site], purpose: str) -> None:
+def refuse_parts(model: dict[str, Site], guide: dict[str, Site], purpose: str, with_scales: bool = True) -> None:
     """Refuses programs of which :func:`why_no_bound` says something, and subsampled plates.
 
     Args:
         model: the model's sites.
         guide: the guide's.
         purpose: what whole densities are needed for, as in "for a bound of log p(x)".
+        with_scales: False lets scales pass, those of subsampled plates too: for objectives, which may be weighted.
 
     Raises:
         PairError: the message names the site or plate, and the remedy.
     """
-    for _, site in _once(model, guide):
+    for _, site in _once(model, guide) if with_scales else ():
         for frame in site["cond_indep_stack"]:
             if frame.full_size is not None and frame.full_size != frame.size:
                 raise PairError(
                     f"expected whole plates {purpose}, got {frame.size} of {frame.full_size} in plate {frame.name!r}, which "
                     'scales each term: use pyro.plate("data", len(x)), and pass batches'
                 )
-    for why, remedy in why_no_bound(model, guide):
+    for why, remedy in why_no_bound(model, guide, with_scales):
         raise PairError(f"expected whole densities {purpose}, but {why}: {remedy}")
 
 

@@ -70,6 +70,8 @@ class ImportanceWeightedLoss(ElboLoss):
         True
     """
 
+    takes_scales = False  # the weights would be those of no densities
+
     def __init__(self, pair: ModelGuidePair, k: int, gradient: Gradient = "iwae") -> None:
         k = whole_count("k", k)
         if gradient not in get_args(Gradient):

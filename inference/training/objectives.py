@@ -64,8 +64,8 @@ class ElboLoss(nn.Module):
     Raises:
         ValueError: ``num_particles`` that is no whole number >= 1; at the first call, data that the pair cannot have made.
         NotReparameterizedError: at the first call, for a latent whose guide law has no ``rsample``.
-        PairError: at the first call, for sites that do not match, one outside the data plate, or one that does not count whole:
-            a scale, or a latent that is masked in one program alone.
+        PairError: at the first call, for sites that do not match, one outside the data plate, or one that makes no bound: a
+            latent that is masked in one program alone, a factor of the guide. Scales weigh the terms, as in Pyro.
         PrecisionError: at the first call, for a log-density in half precision.
 
     Example:
@@ -76,6 +76,8 @@ class ElboLoss(nn.Module):
         >>> bool(torch.allclose(-loss(x), pair.log_evidence(x), atol=1e-4))
         True
     """
+
+    takes_scales = True  # poutine.scale and subsampled plates, as weights of the terms
 
     def __init__(self, pair: ModelGuidePair, num_particles: int = 1, closed_form: bool = True) -> None:
         super().__init__()
@@ -149,7 +151,8 @@ class ElboLoss(nn.Module):
         self.pair.check_data(x)
         with torch.no_grad(), forked_rng(), evaluating(self.pair):
             plan = make_plan(self.pair.model, self.pair.guide, (x,), {}, vectorize=False)
-            refuse_parts(plan.prototype.model, plan.prototype.guide, "for a loss that is minus a bound of log p(x)")
+            sites = plan.prototype.model, plan.prototype.guide
+            refuse_parts(*sites, "for a loss that is minus a bound of log p(x)", with_scales=not self.takes_scales)
             return plan, find_closed_forms(plan) if self.closed_form else ClosedForms()
 
     def _prepare(self, x: Tensor) -> None:

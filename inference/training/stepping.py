@@ -18,7 +18,7 @@ from inference.training.compilation import CompiledObjective, compile_objective
 from inference.training.config import ConfigError, TrainConfig
 from inference.training.flat_graph import InPlaceError
 from inference.training.objectives import TrainingStep
-from inference.training.stray_parameters import refuse_stray_parameters
+from inference.training.program_checks import check_programs
 from inference.training.traceability import NotTraceableError
 from ppl_models.diffusion import Diffusion
 
@@ -63,14 +63,14 @@ class Stepper:
 
         Raises:
             ConfigError: a loss that cannot be compiled, with ``compile="on"``.
-            PairError: at the first call, a parameter in Pyro's store that the pair does not hold.
+            PairError: at the first call, a parameter that the pair does not hold, or a site with a scale.
         """
         if not self._announced:
             self._announced = True
             if self.reason:
                 self.say(self.reason)
             if not isinstance(self.loss.pair, Diffusion):  # whose programs are T network calls, and its own
-                refuse_stray_parameters(self.loss.pair, x)
+                check_programs(self.loss.pair, x)
         if not self.wanted:
             return self.loss.step(x)
         if len(x) != self.full_batch:

@@ -58,7 +58,9 @@ class TestRefusals:
                 pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
         self.refused(
-            "expected a data plate that every site is in", model, lambda x: pyro.sample("z", dist.Normal(0.0, 1.0))
+            "expected a plate that every site is in, .* everything under pyro.plate",
+            model,
+            lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)),
         )
 
     def test_discrete_latents(self):

@@ -1,4 +1,7 @@
-"""Parameters that live in Pyro's store alone are refused before the first step; all others are trained."""
+"""Parameters that live in Pyro's store alone are refused before the first step; all others are trained.
+
+Scales and subsampled plates, which `fit` refuses, are in tests/bounds/test_whole_densities.py.
+"""
 
 import pyro
 import pyro.distributions as dist

@@ -1,4 +1,6 @@
-"""Parameters that a pair's programs use and the pair does not hold: nothing would train, save or move them.
+"""What a run needs of a pair's programs beside what its loss asks for: all parameters held by the pair, and no scales.
+
+Nothing would train, save or move a parameter of Pyro's store; and a scaled term is none of the plain ELBO that a run reports.
 
 The one constraint: programs are run once on a few data, with the random state and the parameter store left as they were.
 """
@@ -11,15 +13,16 @@ from pyro import poutine
 from torch import Tensor
 
 from inference.bounds.particles import forked_rng
-from inference.bounds.sites import PairError
+from inference.bounds.sites import PairError, sample_sites
+from inference.bounds.whole_densities import refuse_parts
 from ppl_models.evaluation_mode import evaluating
 from ppl_models.pair import ModelGuidePair
 
-__all__ = ["refuse_stray_parameters"]
+__all__ = ["check_programs"]
 
 
-def refuse_stray_parameters(pair: ModelGuidePair, x: Tensor) -> None:
-    """Refuses ``pyro.param`` sites whose tensors are none of the pair's own parameters.
+def check_programs(pair: ModelGuidePair, x: Tensor) -> None:
+    """Refuses ``pyro.param`` sites whose tensors are none of the pair's own parameters, ``poutine.scale`` and subsampling.
 
     Args:
         pair: the programs.
@@ -32,6 +35,7 @@ def refuse_stray_parameters(pair: ModelGuidePair, x: Tensor) -> None:
     with pyro.get_param_store().scope(), torch.no_grad(), forked_rng(), evaluating(pair):
         guide = poutine.trace(pair.guide).get_trace(x)
         model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(x)
+    refuse_parts(sample_sites(model), sample_sites(guide), "for a run that reports the plain ELBO")
     for program, trace in (("guide", guide), ("model", model)):
         for name in trace.param_nodes:
             value = trace.nodes[name]["value"]
