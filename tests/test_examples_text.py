@@ -80,6 +80,7 @@ def test_orders_that_do_not_fit_into_a_number_are_refused():
         _load("text_d3pm").NGram(torch.arange(10), 32_000, [1.0] * 5)
 
 
+@pytest.mark.filterwarnings("ignore:the bound has 4 terms")  # two windows are put aside
 def test_text_d3pm(tmp_path, capsys):
     torch.set_default_dtype(torch.float32)
     (tmp_path / "text.txt").write_text("she sells sea shells on the sea shore;\n" * 60)

@@ -20,7 +20,7 @@ from inference.training.config import TrainConfig
 from inference.training.datasets import as_dataset
 from inference.training.evaluation import evaluate
 from inference.training.optimizers import Optimization, learning_rate_factor
-from ppl_models import VAE
+from ppl_models import VAE, LinearDiffusion, NoiseSchedule
 from ppl_models.likelihoods import Categorical, Normal
 from tests.oracles import gaussian
 from tests.training.training_pairs import PointMass, grey_points, linear_vae, noisy_vae, points
@@ -312,3 +312,13 @@ def test_classes_and_whole_numbers_can_be_stated():
     fit(normal, reals, epochs=1, progress=False, scaling="none")
     with pytest.raises(DataError, match="scaling"):
         fit(normal, reals, epochs=1, progress=False)
+
+
+def test_fewer_validation_data_than_terms_of_a_diffusion_are_said(recwarn: pytest.WarningsRecorder) -> None:
+    """One t is drawn for each datum, so that 20 data leave most of 50 terms out, of which no standard error over data knows."""
+    pair = LinearDiffusion(NoiseSchedule.cosine(50), torch.zeros(2), torch.ones(2))
+    with pytest.warns(UserWarning, match="the bound has 50 terms, of which each of 20 validation data draws one"):
+        fit(pair, torch.randn(20, 2), epochs=1, progress=False)
+    recwarn.clear()
+    fit(pair, torch.randn(60, 2), epochs=1, progress=False)
+    assert not [w for w in recwarn if "terms" in str(w.message)]
