@@ -36,8 +36,8 @@ class ModelGuidePair(nn.Module, ABC):
     """A generative program and its guide, as one ``torch.nn.Module``.
 
     A new system implements :meth:`model` and :meth:`guide` and calls :meth:`announce` with the modules whose
-    parameters the program uses. All of ``inference`` then applies, and so do ``pyro.infer.SVI``, ``Trace_ELBO``,
-    ``TraceMeanField_ELBO``, ``Predictive`` and ``pyro.render_model``.
+    parameters the program uses; a ``PyroModule`` may be one of them, and no second base class. All of ``inference`` then
+    applies, and so do ``pyro.infer.SVI``, ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``Predictive`` and ``pyro.render_model``.
 
     Args:
         data_shape: shape of one datum x, without the batch.

@@ -17,6 +17,7 @@ from torch import Tensor
 from inference.bounds.terms import Decomposition
 from ppl_models.data_checks import refuse_other_than_tensor
 from ppl_models.diffusion import Diffusion
+from ppl_models.pair import refuse_other_dtype
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,12 @@ def over_data(std_errors: Tensor) -> Tensor:
 
 
 def refuse_other_data(pair: Diffusion, x_0: Tensor) -> None:
-    """Raises TypeError or ValueError unless ``x_0`` is ``[B, *data_shape]`` and within what the pair models."""
+    """Raises TypeError or ValueError unless ``x_0`` is ``[B, *data_shape]``, of the network's dtype, and data of the pair."""
     refuse_other_than_tensor(x_0, "x_0")
     if x_0.dim() != len(pair.data_shape) + 1:
         raise ValueError(f"expected x_0 of shape [B, {', '.join(map(str, pair.data_shape))}], got {list(x_0.shape)}")
     pair.batch_size(x_0)
     pair.check_data(x_0, "x_0")
+    reference = next(pair.network.parameters(), None)
+    if reference is not None:
+        refuse_other_dtype(x_0, reference)

@@ -294,6 +294,11 @@ def test_a_nan_is_named():
         (lambda p, x: decompose_diffusion(p, x, timesteps=[True]), TypeError, "whole numbers as timesteps, got True"),
         (lambda p, x: decompose_diffusion(p, x, timesteps=3), TypeError, "a sequence of whole numbers as timesteps"),
         (lambda p, x: decompose_diffusion(p, x[:0]), ValueError, "expected at least one datum"),
+        (
+            lambda p, x: decompose_diffusion(p, x.float()),
+            TypeError,
+            "float64, as the parameters are, got torch.float32",
+        ),
         (lambda p, x: decompose_diffusion(p, x, timesteps=[]), ValueError, r"distinct timesteps in 0\.\.4"),
     ],
 )
