@@ -1,18 +1,20 @@
 r"""The mass that a Normal puts on one bin of a grid, in logs, with its derivative in closed form.
 
 In units of half a bin the bin around the integer n is (n - 1, n + 1), those at -top and top open outwards. Mirror it to lie
-above the centre: its edges have z-scores lo < hi, lo the nearer one, m >= 0 is the z-score of its middle, d = 1/spread
-half its width, and with Q(z) = 1 - Phi(z), phi the density, x = (hi^2 - lo^2)/2 = 2 m d,
+above the centre, and measure in sqrt(2) spreads: its edges are lo < hi, lo the nearer one, mid >= 0 is its middle, half the
+half of its width, so that 1/half = sqrt(2) spread. With x = hi^2 - lo^2 = 4 mid half,
 
-    P                 = Q(lo) - Q(hi),                        Q(hi) = 0 and e^-x = 0 for an open bin
-    d log P/d centre  = +-(1 - e^-x) A / spread,              A = phi(lo)/P; + for a bin above the centre
-    d log P/d spread  = [m (1 - e^-x) - d (1 + e^-x)] A / spread,     or lo A / spread for an open bin.
+    2 P               = erfc(lo) - erfc(hi),                  erfc(hi) = 0 and e^-x = 0 for an open bin
+    d log P/d centre  = +-(1 - e^-x) G,  G = half e^{-lo^2} / (sqrt(pi) P);  + for a bin above the centre
+    d log P/d spread  = sqrt(2) [lo (1 - e^-x) - 2 half e^-x] G
 
-Three forms of log P and A, each without cancellation where it is used; erfcx(z) = e^{z^2} erfc(z):
+Three forms of P, each without cancellation where it is used; erfcx(z) = e^{z^2} erfc(z):
 
-    narrow (2d <= 1, x <= 2)    P = 2 d phi(m) R,  R = int_0^1 exp(-(d u)^2/2) cosh(m d u) du by quadrature
-    tail (lo > 0)               P = e^{-lo^2/2} [erfcx(lo/sqrt 2) - erfcx(hi/sqrt 2) e^-x]/2
-    central (lo <= 0)           P = 1 - e^{-lo^2/2} [erfcx(-lo/sqrt 2) + erfcx(hi/sqrt 2) e^-x]/2, above 0.3
+    narrow (half <= 1/sqrt(8), x <= 2)    P = e^{-mid^2} (2 half/sqrt pi) R,  R = int_0^1 e^{-(half u)^2} cosh(x u/2) du
+    tail (lo >= 0)                        P = e^{-lo^2} [erfcx(lo) - erfcx(hi) e^-x]/2
+    central (lo < 0)                      P = 1 - e^{-lo^2} [erfcx(-lo) + erfcx(hi) e^-x]/2, above 0.3
+
+R by quadrature. For a few data, kernels cost more the first time than arithmetic does: there are few different ones.
 
 Constraint: no value decides the control flow in Python, so that all can be traced, vmapped and compiled; each branch of a
 `torch.where` is fed harmless numbers where it is not taken, because 0 * inf in its backward pass is NaN.
@@ -27,12 +29,12 @@ from torch import Tensor
 
 __all__ = ["log_bin_probability"]
 
-_SQRT_HALF = math.sqrt(0.5)
-_SQRT_2PI = math.sqrt(2.0 * math.pi)
+_SQRT_2 = math.sqrt(2.0)
+_1_OVER_SQRT_PI = 1.0 / math.sqrt(math.pi)
 
 
 class _Rule(NamedTuple):
-    """Gauss-Legendre on [-1, 1] for an even integrand, as a mean: sum of ``weight`` times the values at +-``node``."""
+    """Gauss-Legendre on [-1, 1] for an even integrand, times 2/sqrt(pi): ``weight`` times the value at ``node``, summed."""
 
     centre: float  # the weight at zero, of a rule of odd length
     pairs: list[tuple[float, float]]
@@ -40,13 +42,13 @@ class _Rule(NamedTuple):
     @classmethod
     def of(cls, count: int) -> "_Rule":
         nodes, weights = np.polynomial.legendre.leggauss(count)
-        half = weights / 2
         above = slice((count + 1) // 2, None)
-        centre = float(half[count // 2]) if count % 2 else 0.0
-        return cls(centre, list(zip(nodes[above].tolist(), half[above].tolist(), strict=True)))
+        weights = 2 * _1_OVER_SQRT_PI * weights
+        centre = float(weights[count // 2] / 2) if count % 2 else 0.0
+        return cls(centre, list(zip(nodes[above].tolist(), weights[above].tolist(), strict=True)))
 
 
-# Relative errors over d <= 1/2, m d <= 1: 9e-10 with 5 points, 1e-15 with 8.
+# Relative errors over half <= 1/sqrt(8), x <= 2: 9e-10 with 5 points, 1e-15 with 8.
 _GAUSS_LEGENDRE = {torch.float32: _Rule.of(5), torch.float64: _Rule.of(8)}
 
 
@@ -73,7 +75,7 @@ def log_bin_probability(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> 
     n, centre, spread = torch.broadcast_tensors(n, centre, spread)
     differentiated = torch.is_grad_enabled() and (centre.requires_grad or spread.requires_grad)
     if differentiated and not torch.compiler.is_dynamo_compiling():  # which differentiates by itself
-        log_p: Tensor = _LogBinProbability.apply(n, centre, spread, top)[0]
+        log_p: Tensor = _LogBinProbability.apply(n, centre, spread, top, spread.requires_grad)[0]
         return log_p
     return _bin(n, centre, spread, top).log_p
 
@@ -82,13 +84,16 @@ class _LogBinProbability(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        n: Tensor, centre: Tensor, spread: Tensor, top: int, with_spread: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         found = _bin(n, centre, spread, top)
-        return found.log_p, *found.slopes(spread)
+        by_centre = found.by_centre()
+        return found.log_p, by_centre, found.by_spread() if with_spread else by_centre.new_zeros(())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        n, centre, spread, ctx.top = inputs
+        n, centre, spread, ctx.top, _ = inputs
         _, by_centre, by_spread = output
         ctx.mark_non_differentiable(by_centre, by_spread)
         ctx.save_for_backward(n, centre, spread, by_centre, by_spread)
@@ -97,10 +102,12 @@ class _LogBinProbability(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         n, centre, spread, by_centre, by_spread = ctx.saved_tensors
+        _, with_centre, with_spread, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # to be differentiated again
-            by_centre, by_spread = _bin(n, centre, spread, ctx.top).slopes(spread)
-        _, with_centre, with_spread, _ = ctx.needs_input_grad
-        return None, grad * by_centre if with_centre else None, grad * by_spread if with_spread else None, None
+            found = _bin(n, centre, spread, ctx.top)
+            by_centre, by_spread = found.by_centre(), found.by_spread()
+        of_centre, of_spread = grad * by_centre if with_centre else None, grad * by_spread if with_spread else None
+        return None, of_centre, of_spread, None, None
 
     @staticmethod
     def jvp(ctx: Any, _: None, of_centre: Tensor, of_spread: Tensor, *__: None) -> tuple[Tensor, None, None]:
@@ -112,48 +119,49 @@ class _Bin(NamedTuple):
     """What value and slopes are made of; all of the broadcast shape."""
 
     log_p: Tensor
-    side: Tensor
+    side: Tensor  # 1 for a bin above the centre, else -1
     lo: Tensor
-    d: Tensor
-    u: Tensor  # 1 - e^-x
-    density: Tensor  # A
+    half: Tensor
+    minus_u: Tensor  # e^-x - 1
+    minus_density: Tensor  # -G
 
-    def slopes(self, spread: Tensor) -> tuple[Tensor, Tensor]:
-        """The derivatives of log P in centre and spread."""
-        scaled = self.density / spread
-        return self.side * self.u * scaled, (self.lo * self.u - 2 * self.d * (1 - self.u)) * scaled
+    def by_centre(self) -> Tensor:
+        """d log P/d centre."""
+        return self.side * self.minus_u * self.minus_density
+
+    def by_spread(self) -> Tensor:
+        """d log P/d spread."""
+        return (self.lo * self.minus_u + 2 * self.half * (self.minus_u + 1)) * self.minus_density * _SQRT_2
 
 
 def _bin(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> _Bin:
-    below, above = (n - 1) - centre, centre - (n + 1)
-    first, last = n <= -top, n >= top
-    is_open, is_above = first | last, last | (~first & (below >= above))
-    side = 2 * is_above.to(centre.dtype) - 1
-    lo = torch.where(is_above, below, above) / spread
-    # The same mask for both edges, so that derivatives are those of one side where the bin's middle is the centre.
-    hi = (-torch.where(is_above, above, below)).clamp(min=0) / spread  # clamped in an open bin, which has none, alone
-    m, d = (side * (n - centre)).clamp(min=0) / spread, 1 / spread  # m is not asked for in an open bin
-    half_x = m * d
-    u = torch.where(is_open, 1.0, -torch.expm1(-2 * half_x))
+    width, one = _SQRT_2 * spread, n.new_full((), 1.0)
+    half, offset, is_closed = width.reciprocal(), n - centre, n * n < (top - 1) ** 2
+    side = torch.where(torch.where(is_closed, offset, n) < 0, -one, one)
+    per_half_bin = side * half
+    lo, mid = (n - side - centre) * per_half_bin, offset * per_half_bin
+    hi = torch.add(lo, half, alpha=2).clamp(min=0)  # below 0 in an open bin alone, which has none
+    minus_x = torch.where(is_closed, -4 * half * mid, -torch.inf)
+    minus_u = torch.expm1(minus_x)
 
-    narrow = ~is_open & (d <= 0.5) & (half_x <= 1)
-    central = ~narrow & (lo <= 0)
+    is_wide = torch.where(width < math.sqrt(8.0), -torch.inf, minus_x) < -2  # not narrow
+    z = torch.where(is_wide, lo, 0.0)  # where it is 0, erfcx is fast
+    minus_z, is_central = -z, z < 0
 
-    b, a = half_x.clamp(max=1), -0.5 * d.clamp(max=0.5).square()  # those of a narrow bin, and harmless elsewhere
+    a, b = half * half, -0.5 * minus_x.clamp(min=-2)  # b is that of a narrow bin, and harmless elsewhere
     rule = _GAUSS_LEGENDRE[a.dtype]
-    mean_ratio = torch.full_like(a, rule.centre)
+    ratio = a.new_full((), rule.centre)
     for node, weight in rule.pairs:
-        z = a * node**2
-        pair = torch.exp(torch.add(z, b, alpha=node)) + torch.exp(torch.sub(z, b, alpha=node))
-        mean_ratio = torch.add(mean_ratio, pair, alpha=weight)
+        ratio = torch.add(ratio, torch.exp(-(node**2) * a) * torch.cosh(node * b), alpha=weight)
 
-    nearer = torch.special.erfcx(_SQRT_HALF * torch.where(central, -lo, lo))
-    beyond = torch.special.erfcx(_SQRT_HALF * hi) * (1 - u)  # hi >= 0: it cannot overflow
-    bell = torch.exp(-0.5 * torch.where(central, lo, 0.0).square())
-    outside = torch.where(central, 0.5 * bell * (nearer + beyond), 0.0)
-    # P is `share` of sqrt(2 pi) phi(m) if narrow, of sqrt(2 pi) phi(lo) in a tail, and 1 - `outside` if central.
-    share = torch.where(narrow, (2 / _SQRT_2PI) * d * mean_ratio, 0.5 * (nearer - beyond))
-    share = torch.where(central, 1.0, share)
-    log_p = torch.where(central, torch.log1p(-outside), torch.log(share) - 0.5 * torch.where(narrow, m, lo).square())
-    density = torch.where(narrow, torch.exp(b + a), bell) / (_SQRT_2PI * (share - outside))
-    return _Bin(log_p, side, lo, d, u, density)
+    beyond = torch.special.erfcx(hi) * (minus_u + 1)
+    nearer = torch.special.erfcx(torch.where(is_central, minus_z, z))
+    sides = 0.5 * (nearer + torch.where(is_central, beyond, -beyond))
+    bell = torch.exp(torch.where(is_wide, z.clamp(max=0) * minus_z, b - a))
+    outside = torch.where(is_central, bell * sides, 0.0)
+    # P is `share` of e^{-mid^2} if narrow, of e^{-lo^2} in a tail, and 1 - `outside` if central, where `bell` is e^{-lo^2}.
+    share = torch.where(is_wide, sides, half * ratio)
+    mass = torch.where(is_central, one - outside, share)
+    distance = torch.where(is_wide, lo, mid)
+    log_p = torch.where(is_central, torch.log1p(-outside), torch.log(mass) - distance * distance)
+    return _Bin(log_p, side, lo, half, minus_u, -_1_OVER_SQRT_PI * bell * (width * mass).reciprocal())

@@ -242,9 +242,10 @@ class DDPM(Diffusion):
 
     def reconstruction_law(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """likelihood(mu(x_1, 1)), its scale sigma_1 unless it states its own; see the base class."""
-        return self.reconstruction_at(
-            mean_of(self.predict, self._prediction(output), x_1, partial(self.process.number, t=1)), output, x_1
-        )
+        mean, c = self._prediction(output), partial(self.process.number, t=1)
+        if self.predict != "mean":
+            mean = torch.add(weight_x_t(self.predict, c) * x_1, mean, alpha=gain(self.predict, c))
+        return self.reconstruction_at(mean, output, x_1)
 
     def reconstruction_at(self, mean: Tensor, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """:meth:`reconstruction_law` with another location, such as a mu(x_1, 1) = x_0-hat(x_1, 1) that was clipped."""

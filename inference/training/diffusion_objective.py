@@ -41,6 +41,13 @@ class DiffusionStep(NamedTuple):
     terms: dict[str, Tensor]
 
 
+class _Rows(NamedTuple):
+    """Some of the data, among them all with t = 0."""
+
+    indices: Tensor  # int64
+    all_zero: bool  # whether all of them have t = 0
+
+
 class DiffusionLoss(nn.Module):
     """The objective of a diffusion as a module: ``loss(x)`` is ``[B]``, to be minimised; its mean over t is what is meant.
 
@@ -236,11 +243,11 @@ class DiffusionLoss(nn.Module):
         return self.pair.process.prior_divergence(x_0)
 
     def _at(
-        self, x_0: Tensor, t: Tensor, rows: Tensor | None, with_bound: bool, with_auxiliary: bool
+        self, x_0: Tensor, t: Tensor, rows: _Rows | None, with_bound: bool, with_auxiliary: bool
     ) -> tuple[Tensor, Tensor]:
         """L_t and the auxiliary loss at one draw of x_{t+1}, t in 0..T-1; what is not asked for is zero.
 
-        ``rows`` are indices that hold every datum with t = 0; None: all data.
+        ``rows`` hold every datum with t = 0; None: all data.
         """
         pair, process = self.pair, self.pair.process
         x_next, made_of = pair.draw_marginal(x_0, t + 1)
@@ -253,28 +260,32 @@ class DiffusionLoss(nn.Module):
         elif process.num_timesteps > 1:
             # a harmless step where t = 0, and not taken there
             divergence = pair.step_divergence(output, x_0, x_next, (t + 1).clamp(min=2), **made_of)
-        if with_bound and rows is not None and not len(rows):  # no t = 0, and laws refuse an empty batch
-            bound = divergence
-        elif with_bound:
-            bound = torch.where(t > 0, divergence, self._reconstruction(output, x_0, x_next, rows))
+        if with_bound:
+            bound = self._with_reconstruction(divergence, t, output, x_0, x_next, rows)
         return bound, auxiliary
 
-    def _reconstruction(self, output: Tensor, x_0: Tensor, x_1: Tensor, rows: Tensor | None) -> Tensor:
-        """-log p(x_0 | x_1), ``[B]``, right where t = 0."""
+    def _with_reconstruction(
+        self, divergence: Tensor, t: Tensor, output: Tensor, x_0: Tensor, x_1: Tensor, rows: _Rows | None
+    ) -> Tensor:
+        """``divergence``, and -log p(x_0 | x_1) in its place where t = 0: ``[B]``."""
+        law = self.pair.reconstruction_law
         if rows is None:
-            return -self.pair.reconstruction_law(output, x_1).log_prob(x_0)
-        few_outputs, few_x_1, few_x_0 = (each.index_select(0, rows) for each in (output, x_1, x_0))
-        few = -self.pair.reconstruction_law(few_outputs, few_x_1).log_prob(few_x_0)
-        return few.new_zeros(len(x_0)).index_copy(0, rows, few)
+            return torch.where(t > 0, divergence, -law(output, x_1).log_prob(x_0))
+        if not len(rows.indices):  # no t = 0, and laws refuse an empty batch
+            return divergence
+        few_outputs, few_x_1, few_x_0 = (each.index_select(0, rows.indices) for each in (output, x_1, x_0))
+        few = -law(few_outputs, few_x_1).log_prob(few_x_0)
+        divergence = divergence.expand(len(x_0)).to(few.dtype)  # with T = 1 there is none
+        if not rows.all_zero:
+            few = torch.where(t[rows.indices] > 0, divergence[rows.indices], few)
+        return divergence.index_copy(0, rows.indices, few)
 
-    def _rows(self, t: Tensor) -> Tensor | None:
-        """Indices that hold all data with t = 0: of a fixed number where a graph is traced, exactly those otherwise."""
+    def _rows(self, t: Tensor) -> _Rows | None:
+        """The data with t = 0: where a graph is traced, a fixed number that holds them; exactly those otherwise."""
         if shapes_are_fixed():
             most = self.sampler.most_of_one(len(t))
-            return t.topk(most, largest=False).indices if most < len(t) else None
+            return _Rows(t.topk(most, largest=False).indices, False) if most < len(t) else None
         rows = (t == 0).nonzero()[:, 0]
         if len(rows) or not self._decoder_learns:
-            return rows
-        return torch.zeros(
-            1, dtype=torch.int64, device=t.device
-        )  # parameters that DDP waits for get a gradient of zero
+            return _Rows(rows, True)
+        return _Rows(rows.new_zeros(1), False)  # parameters that DDP waits for get a gradient of zero

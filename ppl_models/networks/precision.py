@@ -11,4 +11,6 @@ def at_least_float32(tensor: Tensor) -> Tensor:
         >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype, at_least_float32(torch.zeros(1).double()).dtype
         (torch.float32, torch.float64)
     """
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

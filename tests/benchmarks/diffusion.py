@@ -1,6 +1,6 @@
 """What a diffusion costs beside its network: training step, sampler step, bound by t, and how they grow with T.
 
-    growth      gradient of DiffusionLoss at T = 10, 100, 1000, 4000: the same work whatever T
+    growth      a training step, Adam included, at T = 10, 100, 1000, 4000: the same work whatever T
     step        gradient of DiffusionLoss beside the network's own forward and backward, L_simple by hand, Pyro's Trace_ELBO on
                 the single terms, and diffusers' loop (DDPMScheduler.add_noise, mse) on the same network
     sampler     a step of ancestral_sample beside one forward of the network, and beside DDPMScheduler.step
@@ -8,8 +8,9 @@
     program     Trace_ELBO on the full chain of T sites beside a single term: why one trains on single terms
 
 Contenders take turns, in an order drawn for each round, and a ratio is formed within a round, so that other work on the machine
-cancels; medians, with the quartiles of the ratio behind. A step here is zero_grad, loss and gradient; optimisers cost all
-contenders the same. What needs diffusers is left out, with a word, where it is not installed.
+cancels; medians, with the quartiles of the ratio behind. But for growth a step here is zero_grad, loss and gradient, without an
+optimiser, for what a loss costs beside its network does not depend on one. What needs diffusers is left out, with a word, where
+it is not installed.
 
     python -m tests.benchmarks.diffusion [--blocks growth step sampler bound program] [--networks mlp small unet]
         [--rounds 20] [--batch 128] [--threads 1] [--device cpu] [--clock wall|cpu] [--compiled]
@@ -92,6 +93,18 @@ def gradient_of(pair: nn.Module, loss: Callable[[], Tensor]) -> Call:
     return step
 
 
+def training_step(pair: nn.Module, loss: Callable[[], Tensor]) -> Call:
+    """:func:`gradient_of`, and Adam in one fused operation as ``fit`` has it."""
+    adam = torch.optim.Adam(pair.parameters(), lr=1e-4, fused=True)
+    gradient = gradient_of(pair, loss)
+
+    def step() -> None:
+        gradient()
+        adam.step()
+
+    return step
+
+
 def growth(options: argparse.Namespace) -> None:
     """DiffusionLoss by T."""
     for network in options.networks:
@@ -103,11 +116,11 @@ def growth(options: argparse.Namespace) -> None:
                 for last in LENGTHS
             }
             title = f"growth, {weights}, {network}, batch {size}"
-            calls = {f"T = {last}": gradient_of(loss, partial(loss, x)) for last, loss in losses.items()}
+            calls = {f"T = {last}": training_step(loss, partial(loss, x)) for last, loss in losses.items()}
             compare(title, calls, "T = 100", options, least=STEPS)
             if options.compiled:
                 fast = {last: compile_objective(loss, x) for last, loss in losses.items()}
-                calls = {f"T = {last}": gradient_of(losses[last], partial(fast[last], x)) for last in LENGTHS}
+                calls = {f"T = {last}": training_step(losses[last], partial(fast[last], x)) for last in LENGTHS}
                 compare(f"{title}, compiled", calls, "T = 100", options, least=STEPS)
 
 

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from inference.bounds.diffusion import decompose_diffusion
-from inference.training.diffusion_objective import DiffusionLoss
+from inference.training.diffusion_objective import DiffusionLoss, _Rows
 from inference.training.objectives import training_objective
 from ppl_models import LinearGaussian
 from ppl_models.likelihoods import DiscretizedNormal
@@ -177,7 +177,11 @@ def test_the_decoder_is_evaluated_only_where_t_is_zero(name):
     law = pair.reconstruction_law
     pair.reconstruction_law = lambda output, x_1: seen.append(len(x_1)) or law(output, x_1)
     values = []
-    for rows in (loss._rows(t), None, t.topk(loss.sampler.most_of_one(64), largest=False).indices):
+    for rows in (
+        loss._rows(t),
+        None,
+        _Rows(t.topk(loss.sampler.most_of_one(64), largest=False).indices, all_zero=False),
+    ):
         torch.manual_seed(0)
         values.append(loss._at(x, t, rows, True, False)[0])
     assert torch.allclose(values[0], values[1])
