@@ -249,17 +249,17 @@ class DiffusionLoss(nn.Module):
 
         ``rows`` hold every datum with t = 0; None: all data.
         """
-        pair, process = self.pair, self.pair.process
-        x_next, made_of = pair.draw_marginal(x_0, t + 1)
-        output = pair.denoise(x_next, t + 1)
+        pair, step = self.pair, t + 1
+        x_next, made_of = pair.draw_marginal(x_0, step)
+        output = pair.denoise(x_next, step)
         bound = divergence = auxiliary = torch.zeros((), device=x_0.device)
-        if with_bound and with_auxiliary and process.num_timesteps > 1:
-            divergence, auxiliary = pair.step_losses(output, x_0, x_next, t + 1, **made_of)
+        if with_bound and with_auxiliary and pair.num_timesteps > 1:
+            divergence, auxiliary = pair.step_losses(output, x_0, x_next, step, **made_of)
         elif with_auxiliary:
-            auxiliary = pair.auxiliary_loss(output, x_0, x_next, t + 1, **made_of)
-        elif process.num_timesteps > 1:
+            auxiliary = pair.auxiliary_loss(output, x_0, x_next, step, **made_of)
+        elif pair.num_timesteps > 1:
             # a harmless step where t = 0, and not taken there
-            divergence = pair.step_divergence(output, x_0, x_next, (t + 1).clamp(min=2), **made_of)
+            divergence = pair.step_divergence(output, x_0, x_next, step.clamp(min=2), **made_of)
         if with_bound:
             bound = self._with_reconstruction(divergence, t, output, x_0, x_next, rows)
         return bound, auxiliary

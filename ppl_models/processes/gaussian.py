@@ -68,8 +68,6 @@ class GaussianProcess(nn.Module):
         (torch.Size([5, 8, 8]), torch.Size([5]))
     """
 
-    _alpha_bar: Tensor
-    _prior_offset: Tensor
     prior_loc: Tensor
     prior_scale: Tensor
 
@@ -84,7 +82,7 @@ class GaussianProcess(nn.Module):
         self.tabulate(**tables)
         a, v = tables["alpha_bar"][-1], tables["marginal_variance"][-1]
         log_v = torch.where(a < 0.5, torch.log1p(-a), v.log())
-        self.register_buffer("_prior_offset", a + log_v, persistent=False)  # of second order in a: summed in float64
+        self._prior_offset = float(a + log_v)  # of second order in a: summed in float64
         self.register_buffer("prior_loc", torch.zeros(self.data_shape), persistent=False)
         self.register_buffer("prior_scale", torch.ones(self.data_shape), persistent=False)
 
@@ -156,8 +154,8 @@ class GaussianProcess(nn.Module):
         """KL(q(x_T | x_0) || p(x_T)) = (A |x_0|^2 - D (A + log(1 - A))) / 2 with A = alpha-bar_T, ``[*batch]`` nats."""
         n = len(self.data_shape)
         squares = torch.linalg.vector_norm(x_0, dim=tuple(range(-n, 0))).square() if n else x_0.square()  # one pass
-        level, offset = self._alpha_bar[-1].to(x_0.dtype), self._prior_offset.to(x_0.dtype)
-        return 0.5 * (level * squares - self.data_shape.numel() * offset)
+        level = self.number("alpha_bar", self.num_timesteps)
+        return 0.5 * level * squares - 0.5 * self.data_shape.numel() * self._prior_offset
 
     def prior(self) -> dist.TorchDistribution:
         """p(x_T) = N(0, I): batch shape ``()``, event shape ``data_shape``, in the module's dtype."""
