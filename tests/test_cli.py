@@ -23,7 +23,9 @@ from inference.cli import app, run
 from inference.commands import demo, looking
 from inference.commands.choices import build_pair, choose
 from inference.commands.options import TrainOptions, gather_options
+from inference.training.divergence import TrainingDiverged
 from inference.training.storage import StorageError
+from inference.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--hidden", "16", "--latent-dim", "3", "--epochs", "1", "--threads", "1"]
@@ -266,7 +268,33 @@ def test_resume_wants_the_same_configuration(capsys, trained):
     call_ = ("train", "vae", "--data", "digits", "--out", trained)
     refuse(capsys, *call_, *TINY, match="already holds a run.*--resume")
     assert "at epoch 1 " in succeed(capsys, *call_, *TINY, "--resume")
+    options = (trained / "options.yaml").read_bytes()
     refuse(capsys, *call_, *TINY, "--resume", "--set", "batch_size=64", match=r"batch_size was 128, is 64")
+    assert (trained / "options.yaml").read_bytes() == options
+
+
+def test_resume_may_go_on_for_more_epochs(capsys, trained, tmp_path):
+    folder = tmp_path / "longer"
+    shutil.copytree(trained, folder)
+    out = succeed(capsys, "train", "vae", "--out", folder, "--resume", "--epochs", "2")
+    assert "at epoch 2 " in out
+    assert gather_options({}, [], folder / "options.yaml").epochs == 2
+    assert len(load_run(folder).metrics) == 2
+    succeed(capsys, "train", "vae", "--out", folder, "--resume")  # nothing is left to do
+
+
+def test_a_run_has_its_options_from_the_start_and_a_refused_one_leaves_nothing(capsys, tmp_path, monkeypatch):
+    call_ = ("train", "vae", "--data", "digits", *TINY, "--out", tmp_path / "run")
+    refuse(capsys, *call_, "--device", "cuda", match="device")
+    assert not (tmp_path / "run").exists()
+
+    def at_the_first_step(_, indices, x):
+        assert gather_options({}, [], tmp_path / "run" / "options.yaml").epochs == 1
+        raise TrainingDiverged("seen")
+
+    monkeypatch.setattr(Trainer, "_step", at_the_first_step)
+    assert call(capsys, *call_)[0] == 1
+    assert (tmp_path / "run" / "options.yaml").is_file()  # of a run that began, it stays
 
 
 # --- what the data decide ----------------------------------------------------------------------------------------------

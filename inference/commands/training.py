@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -43,7 +43,12 @@ def train(
     ],
     data: Annotated[str | None, _option("data", "SPEC", RUN)] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the run in RUN, under the same options", rich_help_panel=RUN)
+        bool,
+        typer.Option(
+            "--resume",
+            help="go on with the run in RUN, under the same options; --epochs may be more",
+            rich_help_panel=RUN,
+        ),
     ] = False,
     config: Annotated[
         Path | None,
@@ -100,7 +105,8 @@ def train(
 
     What you leave out is chosen from the data, and printed before the first step together with everything else;
     RUN/options.yaml keeps that text, a valid FILE for --config. The same options give the same numbers, bit for bit, on the
-    same machine. A run that was stopped can be looked at like any other, and --resume goes on with it.
+    same machine. A run that was stopped can be looked at like any other, and --resume goes on with it; --resume --epochs N
+    gives it more epochs.
     """
     given = {
         "data": data,
@@ -144,9 +150,9 @@ def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool 
     """Trains, with the resolved configuration printed before and the final bound after."""
     from inference.commands.choices import build_pair, choose
     from inference.commands.opening import offset_in_words
+    from inference.commands.options_file import kept_beside_run
     from inference.training.loop import fit
     from inference.training.standardizing import size_hint
-    from inference.training.storage import write_atomic
     from inference.views.report import kept_epoch
     from ppl_models.registry import system as known_system
 
@@ -161,15 +167,13 @@ def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool 
         warnings.warn(hint, stacklevel=1)
     print(f"# configuration of ppl train {system} --out {out}\n{chosen.text()}\n", flush=True)
     try:
-        run = fit(pair, dataset, out, config=chosen.train_config(), resume=resume, spec=chosen.data)
+        with kept_beside_run(out, chosen.text()) if is_new or resume else nullcontext():
+            run = fit(pair, dataset, out, config=chosen.train_config(), resume=resume, spec=chosen.data)
     except (KeyboardInterrupt, SystemExit):
         print(
             f"ppl: stopped; {out} keeps what was done: --resume goes on, and ppl report {out} shows it", file=sys.stderr
         )
         raise
-    finally:
-        if is_new and (out / "config.yaml").exists():
-            write_atomic(out / OPTIONS_FILE, f"{chosen.text()}\n".encode())
     row = kept_epoch(run)
     # A diffusion's latents are the process's; no unit of them is learned.
     units = "" if pair.data_site == "x_0" else f"; {row['active_units']:.0f} active units"

@@ -16,6 +16,7 @@ import torch
 
 from inference.training.config import ConfigError, TrainConfig, make_config
 from inference.training.datasets import as_dataset
+from inference.training.extending import asks_for_more, extend
 from inference.training.inputs import fingerprint, prepare_inputs
 from inference.training.launching import Job, launch
 from inference.training.metrics import check_tensorboard
@@ -63,8 +64,8 @@ def fit(
         data: a data set: :class:`inference.training.DataSet`, a name such as ``"digits"``, or a tensor, array or Dataset.
         out: the RUN folder; None keeps the run in memory only.
         config: a :class:`TrainConfig`; or give its fields as ``options`` (``epochs``, ``batch_size``, ``learning_rate``, ...).
-        resume: go on with the run in ``out``, under its own configuration; where there is none yet a new one begins, which is
-            said in a logged warning.
+        resume: go on with the run in ``out``, under its own configuration or for more epochs; where there is none yet a new one
+            begins, which is said in a logged warning.
         progress: show epochs on stderr.
         spec: what ``data`` was read from, so that the run can read it again; known when ``data`` is a name, or comes from
             :func:`load_data`.
@@ -160,8 +161,14 @@ def _is_finished(folder: Path, stated: dict[str, Any], resume: bool) -> bool:
         return False
     if not resume:
         raise RunError(f"{folder} already holds a run: go on with --resume (resume=True), or choose another folder")
-    differing = differences(*comparable(read_yaml(config), stated))
-    if differing:
+    recorded = read_yaml(config)
+    differing = differences(*comparable(recorded, stated))
+    if len(differing) == 1 and asks_for_more(recorded, stated):
+        extend(folder, recorded, stated["train"]["epochs"])
+        _LOG.warning(
+            "%s goes on to epoch %d, where it had %d", folder, stated["train"]["epochs"], recorded["train"]["epochs"]
+        )
+    elif differing:
         raise RunError(
             f"{folder} was started under another configuration ({'; '.join(differing)}): resume with the same, "
             "or train into another folder"

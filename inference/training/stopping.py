@@ -46,7 +46,11 @@ class EarlyStopping:
         if elbo > self.elbo:
             self.elbo, self.epoch = elbo, epoch
             self.weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-        return epoch - self.epoch >= self.patience
+        return self.has_stopped(epoch)
+
+    def has_stopped(self, epoch: int) -> bool:
+        """Whether ``epoch``, the last that was taken in, was to be the last of all."""
+        return self.patience is not None and epoch - self.epoch >= self.patience
 
     def restore(self, module: nn.Module) -> None:
         """Gives the module the best epoch's weights, where there is patience."""

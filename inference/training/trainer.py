@@ -325,7 +325,6 @@ class Trainer:
             "sums": all_rows(self.sums),
             "rows": self.rows,
             "stopping": self.stopping.state(),
-            "finished": self.finished,
         }
 
     def restore(self) -> bool:
@@ -346,8 +345,9 @@ class Trainer:
                 buffer.copy_(state["loss"][name])
             self.epoch, self.batch = state["epoch"], state["batch"]
             self.sums = state["sums"][self.rank].clone()
-            self.rows, self.finished = state["rows"], state["finished"]
+            self.rows = state["rows"]
             self.stopping.load(state["stopping"])
+            self.finished = self.epoch >= self.config.epochs or self.stopping.has_stopped(self.epoch)
         self.records.rewrite(self.rows)
         return state is not None
 
