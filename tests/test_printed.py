@@ -1,6 +1,7 @@
 """Results print as their tables, and what the tables say are the numbers that they hold."""
 
 import dataclasses
+import pickle
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from inference import (
     bidirectional_evidence,
     decompose_elbo,
     elbo_surgery,
+    inference_gap,
     log_evidence,
     simulation_based_calibration,
 )
@@ -33,6 +35,7 @@ def results():
         "bidirectional_evidence": bidirectional_evidence(pair, 15, **QUICK),
         "decompose_elbo": decompose_elbo(*programs, x, num_particles=50),
         "elbo_surgery": elbo_surgery(pair, x),
+        "inference_gap": inference_gap(pair, x, steps=8, num_particles=50),
         "active_units": active_units(pair, x),
         "calibration": simulation_based_calibration(pair, num_simulations=100),
     }
@@ -49,6 +52,14 @@ def test_a_result_prints_as_its_table(results):
         assert lists == bool(re.search(r"tensor\(|array\(", repr(listed))), (
             name
         )  # control: a dataclass's own lists its fields
+
+
+def test_a_result_can_be_kept_as_a_pickle(results):
+    for name, result in results.items():
+        again = pickle.loads(pickle.dumps(result))
+        assert again.table() == result.table(), name
+    gap = pickle.loads(pickle.dumps(results["inference_gap"]))  # and what it holds still runs
+    assert gap.refinement.guide(torch.zeros(15, 3, dtype=torch.float32)).shape == (15, 2)
 
 
 def cells(text, first):

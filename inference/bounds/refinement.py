@@ -203,9 +203,9 @@ def refine_guide(
             earlier, length = corrections, taken
             corrections = _round(plan, earlier, length, num_particles, learning_rate, shown)
             taken += length
-            guide = _corrected_guide(pair, corrections)
+            guide = _CorrectedGuide(pair, corrections)
             with torch.no_grad():
-                before = data_plan(pair, x, _corrected_guide(pair, earlier))
+                before = data_plan(pair, x, _CorrectedGuide(pair, earlier))
                 _, _, gain = paired_bounds(before, data_plan(pair, x, guide), DRAWS_FOR_GAIN * num_particles)
             found = Refinement(guide, corrections, taken, num_particles, gain.mean, gain.std_error)
             settled = found.converged
@@ -230,14 +230,16 @@ def _round(
     return {site: c.detached() for site, c in corrections.items()}
 
 
-def _corrected_guide(pair: ModelGuidePair, corrections: dict[str, Correction]) -> Program:
-    """The pair's guide under corrections, as a program of its own."""
+@dataclass(frozen=True)
+class _CorrectedGuide:
+    """The pair's guide under corrections, as a program of its own; no closure, so that results can be pickled."""
 
-    def guide(x: Tensor) -> Any:
-        with _Corrected(corrections):
-            return pair.guide(x)
+    pair: ModelGuidePair
+    corrections: dict[str, Correction]
 
-    return guide
+    def __call__(self, x: Tensor) -> Any:
+        with _Corrected(self.corrections):
+            return self.pair.guide(x)
 
 
 class _Corrected(Messenger):
