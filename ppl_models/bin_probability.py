@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 __all__ = ["log_bin_probability"]
 
@@ -75,7 +76,8 @@ def log_bin_probability(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> 
     n, centre, spread = torch.broadcast_tensors(n, centre, spread)
     differentiated = torch.is_grad_enabled() and (centre.requires_grad or spread.requires_grad)
     if differentiated and not torch.compiler.is_dynamo_compiling():  # which differentiates by itself
-        log_p: Tensor = _LogBinProbability.apply(n, centre, spread, top, spread.requires_grad)[0]
+        with_spread = spread.requires_grad or unpack_dual(spread).tangent is not None
+        log_p: Tensor = _LogBinProbability.apply(n, centre, spread, top, with_spread)[0]
         return log_p
     return _bin(n, centre, spread, top).log_p
 
@@ -97,22 +99,28 @@ class _LogBinProbability(torch.autograd.Function):
         _, by_centre, by_spread = output
         ctx.mark_non_differentiable(by_centre, by_spread)
         ctx.save_for_backward(n, centre, spread, by_centre, by_spread)
-        ctx.save_for_forward(by_centre, by_spread)
+        ctx.save_for_forward(n, centre, spread, by_centre, by_spread)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        n, centre, spread, by_centre, by_spread = ctx.saved_tensors
+        by_centre, by_spread = _slopes(ctx)
         _, with_centre, with_spread, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # to be differentiated again
-            found = _bin(n, centre, spread, ctx.top)
-            by_centre, by_spread = found.by_centre(), found.by_spread()
         of_centre, of_spread = grad * by_centre if with_centre else None, grad * by_spread if with_spread else None
         return None, of_centre, of_spread, None, None
 
     @staticmethod
     def jvp(ctx: Any, _: None, of_centre: Tensor, of_spread: Tensor, *__: None) -> tuple[Tensor, None, None]:
-        by_centre, by_spread = ctx.saved_tensors
+        by_centre, by_spread = _slopes(ctx)
         return by_centre * of_centre + by_spread * of_spread, None, None
+
+
+def _slopes(ctx: Any) -> tuple[Tensor, Tensor]:
+    """The derivatives in centre and spread: those that came with the value, or, to be differentiated again, made anew."""
+    n, centre, spread, by_centre, by_spread = ctx.saved_tensors
+    if torch.is_grad_enabled() and (centre.requires_grad or spread.requires_grad):
+        found = _bin(n, centre, spread, ctx.top)
+        return found.by_centre(), found.by_spread()
+    return by_centre, by_spread
 
 
 class _Bin(NamedTuple):
@@ -122,6 +130,7 @@ class _Bin(NamedTuple):
     side: Tensor  # 1 for a bin above the centre, else -1
     lo: Tensor
     half: Tensor
+    decay: Tensor  # e^-x
     minus_u: Tensor  # e^-x - 1
     minus_density: Tensor  # -G
 
@@ -131,7 +140,7 @@ class _Bin(NamedTuple):
 
     def by_spread(self) -> Tensor:
         """d log P/d spread."""
-        return (self.lo * self.minus_u + 2 * self.half * (self.minus_u + 1)) * self.minus_density * _SQRT_2
+        return (self.lo * self.minus_u + 2 * self.half * self.decay) * self.minus_density * _SQRT_2
 
 
 def _bin(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> _Bin:
@@ -142,7 +151,7 @@ def _bin(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> _Bin:
     lo, mid = (n - side - centre) * per_half_bin, offset * per_half_bin
     hi = torch.add(lo, half, alpha=2).clamp(min=0)  # below 0 in an open bin alone, which has none
     minus_x = torch.where(is_closed, -4 * half * mid, -torch.inf)
-    minus_u = torch.expm1(minus_x)
+    decay, minus_u = torch.exp(minus_x), torch.expm1(minus_x)
 
     is_wide = torch.where(width < math.sqrt(8.0), -torch.inf, minus_x) < -2  # not narrow
     z = torch.where(is_wide, lo, 0.0)  # where it is 0, erfcx is fast
@@ -154,7 +163,7 @@ def _bin(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> _Bin:
     for node, weight in rule.pairs:
         ratio = torch.add(ratio, torch.exp(-(node**2) * a) * torch.cosh(node * b), alpha=weight)
 
-    beyond = torch.special.erfcx(hi) * (minus_u + 1)
+    beyond = torch.special.erfcx(hi) * decay
     nearer = torch.special.erfcx(torch.where(is_central, minus_z, z))
     sides = 0.5 * (nearer + torch.where(is_central, beyond, -beyond))
     bell = torch.exp(torch.where(is_wide, z.clamp(max=0) * minus_z, b - a))
@@ -164,4 +173,4 @@ def _bin(n: Tensor, centre: Tensor, spread: Tensor, top: int) -> _Bin:
     mass = torch.where(is_central, one - outside, share)
     distance = torch.where(is_wide, lo, mid)
     log_p = torch.where(is_central, torch.log1p(-outside), torch.log(mass) - distance * distance)
-    return _Bin(log_p, side, lo, half, minus_u, -_1_OVER_SQRT_PI * bell * (width * mass).reciprocal())
+    return _Bin(log_p, side, lo, half, decay, minus_u, -_1_OVER_SQRT_PI * bell * (width * mass).reciprocal())

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl_models.distributions import DiscretizedNormal, Grid
@@ -364,3 +365,52 @@ def test_inside_pyro_programs():
     got = site["fn"].log_prob(x)
     want = DiscretizedNormal(loc, 0.5, 8).log_prob(x).sum((-1, -2)) * mask
     torch.testing.assert_close(got, want)
+
+
+class TestForwardMode:
+    """Derivatives along a direction are those that reverse mode finds, also where only one of the two is asked for."""
+
+    X, LOC, SCALE = (torch.tensor(value, dtype=torch.float64) for value in (0.25, 0.1, 0.3))
+
+    def tangent(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return forward_ad.unpack_dual(DiscretizedNormal(loc, scale, 17).log_prob(self.X)).tangent
+
+    @pytest.mark.parametrize("which", ["loc", "scale"])
+    @pytest.mark.parametrize("other_learns", [False, True])
+    def test_first(self, which: str, other_learns: bool) -> None:
+        given = {"loc": self.LOC.clone(), "scale": self.SCALE.clone()}
+        leaves = {name: value.clone().requires_grad_() for name, value in given.items()}
+        DiscretizedNormal(leaves["loc"], leaves["scale"], 17).log_prob(self.X).backward()
+        other = "scale" if which == "loc" else "loc"
+        given[other].requires_grad_(other_learns)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(given[which], torch.ones_like(given[which]))
+            found = self.tangent(**{**given, which: dual})
+        assert torch.allclose(found, leaves[which].grad, rtol=1e-12)
+        assert float(found.detach().abs()) > 0.1
+
+    @pytest.mark.parametrize("which", ["loc", "scale"])
+    def test_second(self, which: str) -> None:
+        leaves = {"loc": self.LOC.clone().requires_grad_(), "scale": self.SCALE.clone().requires_grad_()}
+        log_p = DiscretizedNormal(leaves["loc"], leaves["scale"], 17).log_prob(self.X)
+        (slope,) = torch.autograd.grad(log_p, leaves[which], create_graph=True)
+        expected = torch.autograd.grad(slope, list(leaves.values()))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(leaves[which], torch.ones_like(leaves[which]))
+            found = torch.autograd.grad(self.tangent(**{**leaves, which: dual}), list(leaves.values()))
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-10)
+            assert float(b.detach().abs()) > 0.1
+
+
+@pytest.mark.parametrize("scale", [0.0017, 0.0015, 0.00134])
+def test_gradient_in_scale_where_loc_is_on_the_edge_of_a_bin(scale: float) -> None:
+    """Half the mass on either side, whatever the scale, up to the far edge: a slope of e^-x, which 1 - (1 - e^-x) loses."""
+    x, half_bin = torch.tensor(1 / 255, dtype=torch.float32), 1 / 255
+    s = torch.tensor(scale, dtype=torch.float32, requires_grad=True)
+    DiscretizedNormal(torch.zeros((), dtype=torch.float32), s, 256).log_prob(x).backward()
+    exact_scale, far = float(s.detach()), 2 * half_bin / float(s.detach())
+    density = math.exp(-0.5 * far * far) / math.sqrt(2 * math.pi)
+    exact = -far / exact_scale * density / (0.5 - 0.5 * math.erfc(far / math.sqrt(2)))
+    # The edge itself is known to an ulp of one half bin's end: e^-x moves by far^2 eps.
+    assert abs(float(s.grad) / exact - 1) < 8 * (far * far + 1) * torch.finfo(torch.float32).eps

@@ -22,6 +22,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 
 from ppl_models.arguments import sizes
@@ -153,7 +154,7 @@ class GaussianProcess(nn.Module):
     def prior_divergence(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || p(x_T)) = (A |x_0|^2 - D (A + log(1 - A))) / 2 with A = alpha-bar_T, ``[*batch]`` nats."""
         n = len(self.data_shape)
-        squares = torch.linalg.vector_norm(x_0, dim=tuple(range(-n, 0))).square() if n else x_0.square()  # one pass
+        squares = sum_rightmost(x_0.square(), n)
         level = self.number("alpha_bar", self.num_timesteps)
         return 0.5 * level * squares - 0.5 * self.data_shape.numel() * self._prior_offset
 

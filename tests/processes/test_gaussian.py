@@ -309,3 +309,11 @@ def test_tables_move_to_the_gpu_in_float64():
     assert torch.allclose(got.mean.cpu(), want.mean)
     assert torch.allclose(got.stddev.cpu(), want.stddev)
     assert there.prior().mean.is_cuda
+
+
+@pytest.mark.parametrize("hessian", [torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))])
+def test_curvature_of_the_priors_divergence_is_alpha_bar_also_at_zero(hessian):
+    process = GaussianProcess(NoiseSchedule.from_betas([0.3]), (4,))
+    for x in (torch.zeros(4), torch.full((4,), 1e-25), torch.linspace(-1, 1, 4)):
+        found = hessian(lambda q: process.prior_divergence(q[None]).sum())(x)
+        assert torch.allclose(found, 0.7 * torch.eye(4, dtype=found.dtype))
