@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ppl_models.ddpm import DDPM
 from ppl_models.networks.grid_denoiser import GridDenoiser
+from ppl_models.shortcuts import is_overridden
 
 __all__ = ["respaced"]
 
@@ -35,7 +36,7 @@ def respaced(pair: DDPM, timesteps: Sequence[int]) -> DDPM:
 
     Raises:
         ValueError: steps outside 1..T or not increasing.
-        TypeError: not a DDPM.
+        TypeError: not a DDPM, or one of a subclass with a reverse law of its own.
 
     Example:
         >>> from ppl_models.likelihoods import Normal
@@ -51,6 +52,11 @@ def respaced(pair: DDPM, timesteps: Sequence[int]) -> DDPM:
     if not isinstance(pair, DDPM):
         raise TypeError(
             f"expected a DDPM, whose steps compose in closed form, got {type(pair).__name__}: use all steps"
+        )
+    if is_overridden(type(pair), (*pair.law_methods, "reconstruction_law", "reconstruction_at"), DDPM):
+        raise TypeError(
+            f"expected a DDPM's own reverse law, whose steps compose in closed form, got that of {type(pair).__name__}: use "
+            "all steps"
         )
     schedule = pair.process.schedule.respaced(timesteps)
     predict = "x_0" if pair.predict == "mean" else pair.predict

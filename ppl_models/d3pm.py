@@ -47,6 +47,7 @@ from ppl_models.processes.dense_transitions import discretized_gaussian
 from ppl_models.processes.structured_transitions import AbsorbingTransitions, UniformTransitions, absorbing, uniform
 from ppl_models.processes.transitions import Transitions
 from ppl_models.registry import describe
+from ppl_models.shortcuts import give_way
 from ppl_models.truncated_logistic import TruncatedLogistic, logistic_logits
 
 __all__ = ["D3PM", "logistic_logits"]
@@ -89,7 +90,12 @@ class D3PM(Diffusion):
         (torch.Size([5, 2]), ('x_4', 'x_3', 'x_2', 'x_1'))
     """
 
+    law_methods = ("reverse_law", "x_0_logits")
     process: CategoricalProcess
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        give_way(cls, "auxiliary_loss", D3PM._auxiliary_of_logits, ["x_0_logits"])
 
     def __init__(
         self,
@@ -187,10 +193,13 @@ class D3PM(Diffusion):
 
     def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """See the base class; the laws themselves, K numbers for each entry, are made only where the transitions need them."""
-        return self.step_losses(output, x_0, x_t, t)[0]
+        return self._both_losses(output, x_0, x_t, t)[0]
 
     def step_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class; from one normalisation of p(x_0 | x_t)."""
+        return self._both_losses(output, x_0, x_t, t)
+
+    def _both_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         above = t.clamp(min=2)
         if self._sums_odds:
             return self._uniform_losses(self._law(output, x_t), x_0, x_t, above)
@@ -211,6 +220,11 @@ class D3PM(Diffusion):
             surprisal = -self._law(output, x_t).log_prob(x_0)
         else:
             surprisal = self.process.transitions.surprisal(x_t, x_0, self._logits(output, x_t))
+        return sum_rightmost(surprisal, len(self.data_shape))
+
+    def _auxiliary_of_logits(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """:meth:`auxiliary_loss` by way of :meth:`x_0_logits`."""
+        surprisal = -ClassLaw(logits=self.x_0_logits(output, x_t)).log_prob(x_0)
         return sum_rightmost(surprisal, len(self.data_shape))
 
     def masked_term(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from ppl_models.predictions import Prediction, eps_of, error_factor, gain, mean_
 from ppl_models.processes.gaussian import GaussianProcess
 from ppl_models.processes.schedules import NoiseSchedule
 from ppl_models.registry import describe
+from ppl_models.shortcuts import give_way
 
 __all__ = ["DDPM"]
 
@@ -72,7 +73,12 @@ class DDPM(Diffusion):
         (torch.Size([4, 2]), ('x_10', 'x_9'))
     """
 
+    law_methods = ("reverse_law", "mean", "scale")
     process: GaussianProcess
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        give_way(cls, "reconstruction_law", DDPM._reconstruction_of_mean, ["mean"])
 
     def __init__(
         self,
@@ -108,7 +114,7 @@ class DDPM(Diffusion):
         if isinstance(network, GridDenoiser):
             _refuse_other_grid(network, schedule, predict, variance, getattr(likelihood, "levels", None))
         if not likelihood.scale_stated:
-            likelihood = type(likelihood)(**(likelihood.config() | {"scale": None}))
+            likelihood = likelihood.with_given_scale()
         output_shape = [*data_shape, 2] if variance == "learned" else data_shape
         super().__init__(network, GaussianProcess(schedule, data_shape), output_shape)
         self.predict = predict
@@ -246,6 +252,10 @@ class DDPM(Diffusion):
         if self.predict != "mean":
             mean = torch.add(weight_x_t(self.predict, c) * x_1, mean, alpha=gain(self.predict, c))
         return self.reconstruction_at(mean, output, x_1)
+
+    def _reconstruction_of_mean(self, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
+        """:meth:`reconstruction_law` by way of :meth:`mean`."""
+        return self.reconstruction_at(self.mean(output, x_1, self._time(1, x_1)), output, x_1)
 
     def reconstruction_at(self, mean: Tensor, output: Tensor, x_1: Tensor) -> dist.TorchDistribution:
         """:meth:`reconstruction_law` with another location, such as a mu(x_1, 1) = x_0-hat(x_1, 1) that was clipped."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pyro
 import pyro.distributions as dist
@@ -35,6 +35,7 @@ from torch.distributions import kl_divergence
 from ppl_models.evaluation_mode import evaluating
 from ppl_models.networks.denoiser import Denoiser
 from ppl_models.pair import ModelGuidePair
+from ppl_models.shortcuts import give_way
 
 __all__ = ["Diffusion", "Process", "where"]
 
@@ -73,8 +74,8 @@ class Diffusion(ModelGuidePair, ABC):
     Subclasses say what the network's output means: :meth:`reverse_law`, :meth:`reconstruction_law`,
     :meth:`predict_x_0` and :meth:`auxiliary_loss`. The programs are here, once for all of them. A :meth:`step_divergence`,
     :meth:`step_losses` or :meth:`draw_previous` of fewer operations belongs to the reverse law that it was made for: a
-    subclass with another law goes back to those of the laws themselves; so does, for a subclass with losses of its own, a
-    :meth:`draw_marginal` that hands over more than x_t.
+    subclass that overrides one of :attr:`law_methods` goes back to those of the laws themselves; so does, for a subclass with
+    losses of its own, a :meth:`draw_marginal` that hands over more than x_t.
 
     Args:
         network: ``network(x_t, t)``, x_t ``[N, *data_shape]`` and t int64 in 1..T of shape ``[N]`` -> output
@@ -88,6 +89,7 @@ class Diffusion(ModelGuidePair, ABC):
     """
 
     data_site = "x_0"
+    law_methods: ClassVar[tuple[str, ...]] = ("reverse_law",)  # those that make p(x_{t-1} | x_t)
     process: Process
 
     def __init__(self, network: nn.Module, process: Process, output_shape: Sequence[int]) -> None:
@@ -104,12 +106,11 @@ class Diffusion(ModelGuidePair, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "reverse_law" in vars(cls):
-            for name in {"step_divergence", "step_losses", "draw_previous"} - vars(cls).keys():
-                setattr(cls, name, getattr(Diffusion, name))
-        losses = {"reverse_law", "step_divergence", "step_losses", "auxiliary_loss"}
-        if losses & vars(cls).keys() and "draw_marginal" not in vars(cls):
-            cls.draw_marginal = Diffusion.draw_marginal  # type: ignore[method-assign]
+        give_way(cls, "step_divergence", Diffusion.step_divergence, cls.law_methods)
+        give_way(cls, "draw_previous", Diffusion.draw_previous, cls.law_methods)
+        give_way(cls, "step_losses", Diffusion.step_losses, [*cls.law_methods, "step_divergence", "auxiliary_loss"])
+        losses = ["step_divergence", "step_losses", "auxiliary_loss"]
+        give_way(cls, "draw_marginal", Diffusion.draw_marginal, [*cls.law_methods, *losses])
 
     @property
     def num_timesteps(self) -> int:

@@ -10,6 +10,7 @@ widened to float32 first: a sum of log-probabilities over pixels needs it.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -125,6 +126,14 @@ class LocationScale(Likelihood):
             raise ValueError(
                 f'expected init_scale only with scale="learned", got scale={scale!r}; leave one of them out'
             )
+
+    def with_given_scale(self) -> LocationScale:
+        """The same likelihood with ``scale=None``: the decoder returns (loc, scale)."""
+        new = copy.deepcopy(self)
+        if "log_scale" in new._parameters:
+            del new.log_scale, new.init_scale
+        new.scale, new.scale_stated, new.needs_scale = None, True, True
+        return new
 
     def config(self) -> dict[str, Any]:
         """See `Likelihood.config`."""

@@ -70,6 +70,8 @@ class ModelGuidePair(nn.Module, ABC):
     def __init__(self, data_shape: tuple[int, ...] | torch.Size, latent_sites: tuple[str, ...]) -> None:
         super().__init__()
         self.data_shape = torch.Size(sizes("data_shape", data_shape))
+        if isinstance(latent_sites, str):
+            raise TypeError(f"expected latent_sites as a tuple of names, got {latent_sites!r}: use ({latent_sites!r},)")
         self.latent_sites = tuple(latent_sites)
 
     @abstractmethod

@@ -283,6 +283,50 @@ def test_resume_may_go_on_for_more_epochs(capsys, trained, tmp_path):
     succeed(capsys, "train", "vae", "--out", folder, "--resume")  # nothing is left to do
 
 
+def test_resume_of_no_run_or_of_another_system_is_refused(capsys, trained, tmp_path):
+    refuse(
+        capsys,
+        "train",
+        "vae",
+        "--out",
+        tmp_path / "none",
+        "--resume",
+        match="expected a run to resume in .*none.*--data",
+    )
+    assert not (tmp_path / "none").exists()
+    refuse(capsys, "train", "hvae", "--out", trained, "--resume", match="is a run of VAE, not of hvae")
+
+
+def test_a_run_goes_on_with_the_weights_that_it_has(capsys, trained, tmp_path):
+    call_ = ("train", "vae", "--data", "digits", "--out", tmp_path / "run", *TINY)
+    succeed(capsys, *call_, "--start-from", trained)
+    options = tmp_path / "run" / "options.yaml"
+    again = ("train", "vae", "--out", tmp_path / "run", "--resume")
+    refuse(
+        capsys, *again, "--start-from", tmp_path / "other", match=f"start_from: .*run began with {trained}, and goes on"
+    )
+    assert gather_options({}, [], options).start_from == str(trained)
+    for same in ((*again, "--start-from", trained), (*call_, "--resume")):
+        succeed(capsys, *same)
+        assert gather_options({}, [], options).start_from == str(trained)
+    refuse(capsys, *call_[:5], trained, "--resume", "--start-from", trained, match="began with weights of its own")
+
+
+def test_weights_of_a_run_on_data_of_another_scaling_are_warned_of(capsys, tmp_path):
+    def train_on(scale, scaling, *more):
+        name = f"{scale}-{scaling}"
+        rows = "\n".join(f"{scale * i},{i % 7}" for i in range(60))
+        (tmp_path / f"{scale}.csv").write_text(f"a,b\n{rows}\n")
+        out = ("--out", tmp_path / name, "--scaling", scaling, "--test-fraction", "0.2", *TINY[:2], *TINY[4:])
+        return call(capsys, "train", "vae", "--data", f"csv:{tmp_path / f'{scale}.csv'}", *out, *more)
+
+    assert train_on(1, "standard")[0] == 0
+    first = ("--start-from", tmp_path / "1-standard")
+    assert "start_from" not in train_on(1, "standard", *first, "--out", tmp_path / "again")[2]
+    assert "data.scaling was standard, is none" in train_on(1, "none", *first)[2]
+    assert "standardization was by another mean" in train_on(3, "standard", *first)[2]
+
+
 def test_a_run_has_its_options_from_the_start_and_a_refused_one_leaves_nothing(capsys, tmp_path, monkeypatch):
     call_ = ("train", "vae", "--data", "digits", *TINY, "--out", tmp_path / "run")
     refuse(capsys, *call_, "--device", "cuda", match="device")

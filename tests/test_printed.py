@@ -59,7 +59,8 @@ def test_a_result_can_be_kept_as_a_pickle(results):
         again = pickle.loads(pickle.dumps(result))
         assert again.table() == result.table(), name
     gap = pickle.loads(pickle.dumps(results["inference_gap"]))  # and what it holds still runs
-    assert gap.refinement.guide(torch.zeros(15, 3, dtype=torch.float32)).shape == (15, 2)
+    dtype = gap.refinement.guide.pair.weight.dtype
+    assert gap.refinement.guide(torch.zeros(15, 3, dtype=dtype)).shape == (15, 2)
 
 
 def cells(text, first):

@@ -15,14 +15,17 @@ from inference.bounds.dependencies import scalars_read
 from inference.bounds.particles import Particles, Plan, collect, draw, forked_rng
 
 
-def obstacle_to_vectorizing(plan: Plan, count: int = 3) -> str:
-    """Why particles cannot be vectorised; empty when a vectorised draw agrees with its particles replayed singly."""
+def obstacle_to_vectorizing(plan: Plan, count: int = 3, share_subsample: bool = False) -> str:
+    """Why particles cannot be vectorised; empty when a vectorised draw agrees with its particles replayed singly.
+
+    With ``share_subsample`` nothing is said of programs that subsample, whose particles cannot be replayed.
+    """
     for program in (plan.prototype.model, plan.prototype.guide):
         for site in program.values():
             if site["log_prob"].dim() > plan.nesting:
                 return f"site {site['name']!r} has a batch dimension outside any plate"
     if _subsamples(plan):
-        return "a plate subsamples, so each particle draws a subsample of its own"
+        return "" if share_subsample else "a plate subsamples, so each particle draws a subsample of its own"
     try:
         with forked_rng():
             read = scalars_read(plan.model, plan.guide, plan.args, plan.kwargs)

@@ -16,6 +16,7 @@ from inference.commands.options import OPTIONS_FILE, TrainOptions, gather_option
 from inference.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from inference.training.data_set import DataSet
     from ppl_models.pair import ModelGuidePair
 
 RUN = "The run"
@@ -126,8 +127,10 @@ def train(
         "device": device,
         "compile": compile_,
     }
-    if resume and config is None and data is None and (out / OPTIONS_FILE).is_file():
-        config = out / OPTIONS_FILE
+    if resume:
+        _check_run_to_resume(system, out, start_from, needs_options=config is None and data is None)
+        if config is None and data is None:
+            config = out / OPTIONS_FILE
     options = gather_options(given, assignments or [], config, pair or [])
     with cpu_threads(threads):
         run_training(system, options, out, resume=resume)
@@ -160,8 +163,10 @@ def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool 
     chosen, dataset = choose(system, options)
     pair = build_pair(system, chosen, dataset)
     is_new = not (out / "config.yaml").exists()
+    if resume and not is_new and (out / OPTIONS_FILE).is_file():
+        chosen = chosen.model_copy(update={"start_from": gather_options({}, [], out / OPTIONS_FILE).start_from})
     if chosen.start_from is not None and (is_new or not resume):  # a run that goes on has weights of its own
-        _start_from(pair, Path(chosen.start_from))
+        _start_from(pair, Path(chosen.start_from), dataset)
     hint = size_hint(dataset)
     if hint:
         warnings.warn(hint, stacklevel=1)
@@ -206,7 +211,32 @@ def overfit_hint(rows: Sequence[Mapping[str, float]], config: Mapping[str, Any])
     )
 
 
-def _start_from(pair: ModelGuidePair, folder: Path) -> None:
+def _check_run_to_resume(system: str, out: Path, start_from: str | None, needs_options: bool) -> None:
+    """Refuses a folder that holds no run, or another system's, and other weights to begin with than the run's own."""
+    from inference.training.runs import RunError
+    from inference.training.texts import read_yaml
+    from ppl_models.registry import system as known_system
+
+    preset, options = known_system(system), out / OPTIONS_FILE
+    if needs_options and not options.is_file():
+        raise RunError(
+            f"expected a run to resume in {out}, with its {OPTIONS_FILE}, found none: say what to train on with --data, or "
+            "look for the folder's name"
+        )
+    if (out / "config.yaml").is_file():
+        kind = (read_yaml(out / "config.yaml").get("pair") or {}).get("class")
+        expected = getattr(preset, "__self__", None)
+        if kind is not None and expected is not None and kind != expected.__name__:
+            raise RunError(f"{out} is a run of {kind}, not of {system}: resume it with its own system")
+    began = gather_options({}, [], options).start_from if options.is_file() else None
+    if start_from is not None and str(Path(start_from).expanduser().absolute()) != began:
+        raise RunError(
+            f"start_from: {out} began with {'weights of its own' if began is None else began}, and goes on with those it has; "
+            "leave --start-from out, or train into another folder"
+        )
+
+
+def _start_from(pair: ModelGuidePair, folder: Path, data: DataSet) -> None:
     from inference.training.config import ConfigError
     from inference.training.runs import comparable, differences, identity_of, load_run
 
@@ -219,6 +249,11 @@ def _start_from(pair: ModelGuidePair, folder: Path) -> None:
             f"options that it was trained with, as in {folder / OPTIONS_FILE}"
         ) from None
     differing = differences(*comparable(run.config, identity_of(pair)))
+    before, after = run.config["data"], data.describe()
+    if before.get("scaling") != after["scaling"]:
+        differing.append(f"data.scaling was {before.get('scaling')}, is {after['scaling']}")
+    elif before.get("standardization") != after.get("standardization"):
+        differing.append("data.standardization was by another mean and other standard deviations")
     if differing:
         warnings.warn(
             f"start_from: the weights of {folder} go into another pair ({'; '.join(differing)}): they fit, but may mean "

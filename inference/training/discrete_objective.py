@@ -46,6 +46,7 @@ class DiscreteLoss(ElboLoss):
         }
         closed = found.certain
         self._check_latents(latents, {name: found.reasons.get(name, "") for name in latents if name not in closed})
+        self._check_particles(plan)
         self.nesting = plan.nesting
         self.closed_sites = frozenset(closed) & frozenset(latents)
 

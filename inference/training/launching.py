@@ -181,6 +181,8 @@ def _work(fabric: Any, job: Job) -> list[dict[str, float]]:
         try:
             if job.resume and trainer.restore():
                 display.message(f"going on after epoch {trainer.epoch}, step {trainer.batch} of the next")
+                if trainer.stopping.has_stopped(trainer.epoch):
+                    display.message(f"training has stopped by itself there, as patience={job.config.patience} says")
             display.message(
                 f"training {_named(job.pair)} ({sum(p.numel() for p in job.pair.parameters()):,} parameters) on "
                 f"{len(job.inputs.rows)} data{_described(job.pair)}, validating on {job.inputs.validation_name}; "

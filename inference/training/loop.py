@@ -163,15 +163,18 @@ def _is_finished(folder: Path, stated: dict[str, Any], resume: bool) -> bool:
         raise RunError(f"{folder} already holds a run: go on with --resume (resume=True), or choose another folder")
     recorded = read_yaml(config)
     differing = differences(*comparable(recorded, stated))
-    if len(differing) == 1 and asks_for_more(recorded, stated):
+    more = asks_for_more(recorded, stated)
+    if more:  # which is allowed
+        differing = [each for each in differing if not each.startswith("train.epochs ")]
+    if more and not differing:
         extend(folder, recorded, stated["train"]["epochs"])
         _LOG.warning(
             "%s goes on to epoch %d, where it had %d", folder, stated["train"]["epochs"], recorded["train"]["epochs"]
         )
     elif differing:
         raise RunError(
-            f"{folder} was started under another configuration ({'; '.join(differing)}): resume with the same, "
-            "or train into another folder"
+            f"{folder} was started under another configuration ({'; '.join(differing)}): resume with the same, or with more "
+            "epochs, or train into another folder"
         )
     return (folder / "model" / "config.json").is_file()
 

@@ -25,6 +25,7 @@ from inference.bounds.closed_forms import site_divergence
 from inference.bounds.particles import Plan, forked_rng, make_plan
 from inference.bounds.sites import PairError, Site, is_deterministic
 from inference.bounds.validity import ClosedForms, find_closed_forms
+from inference.bounds.vectorizing import obstacle_to_vectorizing
 from inference.bounds.whole_densities import refuse_parts
 from ppl_models.arguments import whole_count
 from ppl_models.evaluation_mode import evaluating
@@ -65,7 +66,8 @@ class ElboLoss(nn.Module):
         ValueError: ``num_particles`` that is no whole number >= 1; at the first call, data that the pair cannot have made.
         NotReparameterizedError: at the first call, for a latent whose guide law has no ``rsample``.
         PairError: at the first call, for sites that do not match, one outside the data plate, or one that makes no bound: a
-            latent that is masked in one program alone, a factor of the guide. Scales weigh the terms, as in Pyro.
+            latent that is masked in one program alone, a factor of the guide. Scales weigh the terms, as in Pyro. For several
+            draws, also programs that do not take any number of leading dims.
         PrecisionError: at the first call, for a log-density in half precision.
 
     Example:
@@ -176,8 +178,21 @@ class ElboLoss(nn.Module):
                     f"expected reparameterised latents, got {type(site['fn']).__name__} at site {name!r}, whose draws carry "
                     'no gradient: use EnumeratedLoss or ScoreFunctionLoss, in fit objective="enumeration" or "score_function"'
                 )
+        self._check_particles(plan)
         self.nesting = plan.nesting
         self.closed_sites = frozenset(closed) & frozenset(guide)
+
+    def _check_particles(self, plan: Plan) -> None:
+        """Refuses programs whose draws cannot be made at once, where there are several; nothing of the caller's changes."""
+        if self.num_particles == 1:
+            return
+        with torch.no_grad(), forked_rng(), evaluating(self.pair):
+            obstacle = obstacle_to_vectorizing(plan, share_subsample=True)
+        if obstacle:
+            raise PairError(
+                f"expected programs that run under an outer particle plate, for a step of {self.num_particles} draws makes them "
+                f"at once, but {obstacle}: let both take any number of leading dims, or use num_particles=1"
+            )
 
 
 def sum_terms(terms: dict[str, Tensor]) -> Tensor:

@@ -50,13 +50,15 @@ class Run:
     ``validation_*`` with ``elbo``, ``rate``, ``distortion`` (nats per datum), ``bits_per_dim``, ``rate_bits_per_dim`` and
     ``distortion_bits_per_dim``, and ``active_units``.
     ``learning_rate`` and ``rate_weight`` are those of the epoch's last step. ``config`` has the keys ``pair``, ``dtype``,
-    ``data``, ``train`` and ``validation``.
+    ``data``, ``train`` and ``validation``. ``unfinished`` says how far a run that has not ended got, whose weights and metrics
+    are those of its last checkpoint; it is empty for others.
     """
 
     pair: ModelGuidePair
     config: dict[str, Any]
     metrics: list[dict[str, float]] = field(default_factory=list)
     folder: Path | None = None
+    unfinished: str = ""
 
     def data(self) -> DataSet:
         """The run's data, read again from where they came.
@@ -127,7 +129,8 @@ def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:
                 f"{folder} holds another pair than the one passed ({'; '.join(differing)}): its weights would mean something "
                 "else there; pass a pair made as that one was"
             )
-    tensors = _read_weights(folder)
+    state = _unfinished_state(folder)
+    tensors = _read_weights(folder) if state is None else _weights_in(state)
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     pair = pair.to(dtype) if dtype is not None else pair
     try:
@@ -143,7 +146,9 @@ def load_run(folder: Path | str, pair: ModelGuidePair | None = None) -> Run:
             "training: restore it from a copy"
         )
     pair.eval()
-    return Run(pair, config, read_metrics(folder / "metrics.csv"), folder)
+    if state is None:
+        return Run(pair, config, read_metrics(folder / "metrics.csv"), folder)
+    return Run(pair, config, state["rows"], folder, _how_far(state, config["train"]["epochs"]))
 
 
 def save_model(folder: Path, pair: ModelGuidePair, info: dict[str, Any]) -> None:
@@ -228,14 +233,36 @@ def _rebuild(description: Any, folder: Path) -> ModelGuidePair:
     return pair
 
 
-def _unfinished(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of a checkpoint's state, averaged ones where there are any, with a word on how far training got."""
-    steps = f" and {state['batch']} steps of the next" if state["batch"] else ""
+def _unfinished_state(folder: Path) -> dict[str, Any] | None:
+    """The state in the last checkpoint of a run that has no model yet, with a word on how far it got; None of one that has.
+
+    Raises:
+        RunError: there is neither a model nor a checkpoint.
+    """
+    if (folder / "model" / "model.safetensors").is_file():
+        return None
+    found = latest_checkpoint(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
+    if found is None:
+        raise RunError(f"{folder} has no model yet: its training has not reached a checkpoint")
+    state = restore_state(found[1], found[2])
     warnings.warn(
-        f"{folder} is an unfinished run: these are its weights after epoch {state['epoch']}{steps}; --resume (or "
-        "fit(..., resume=True)) goes on with it",
+        f"{folder} is an unfinished run: these are its weights {_how_far(state)}; --resume (or fit(..., resume=True)) goes on "
+        "with it",
         stacklevel=3,
     )
+    return state
+
+
+def _how_far(state: dict[str, Any], epochs: int | None = None) -> str:
+    """How far a checkpoint's run had got, in words."""
+    of_all = "" if epochs is None else f" of {epochs}"
+    return f"after epoch {state['epoch']}{of_all}" + (
+        f" and {state['batch']} steps of the next" if state["batch"] else ""
+    )
+
+
+def _weights_in(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint's state, averaged ones where there are any."""
     average = state["optimization"]["average"]
     if average is None:
         return state["optimization"]["weights"]
@@ -247,11 +274,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     path = folder / "model" / "model.safetensors"
-    if not path.is_file():
-        found = latest_checkpoint(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
-        if found is None:
-            raise RunError(f"{folder} has no model yet: its training has not reached a checkpoint")
-        return _unfinished(folder, restore_state(found[1], found[2]))
     data = read_bytes(path)
     try:
         recorded = read_json(folder / "model" / "config.json").get("sha256")

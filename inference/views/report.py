@@ -247,7 +247,7 @@ def headline(run: Run, x: Tensor | None = None) -> list[tuple[str, str, str]]:
 
 
 def kept_epoch(run: Run) -> dict[str, float]:
-    """The metrics of the epoch whose weights the run has: the last, or the best where training stopped for want of one.
+    """The metrics of the epoch whose weights the run has: the last, or the best where a run with patience has ended.
 
     Example:
         >>> from ppl_models import LinearGaussian
@@ -256,7 +256,7 @@ def kept_epoch(run: Run) -> dict[str, float]:
         >>> [kept_epoch(Run(pair, {"train": {"patience": patience}}, rows))["epoch"] for patience in (None, 1)]
         [2.0, 1.0]
     """
-    if run.config["train"]["patience"] is None:
+    if run.config["train"]["patience"] is None or run.unfinished:
         return run.metrics[-1]
     return max(run.metrics, key=lambda row: row["validation_elbo"])
 
@@ -277,6 +277,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("validated on", str(run.config["validation"])),
         ("pair", f"{type(pair).__name__}, latent sites {_names(pair.latent_sites)}; {count:,} parameters"),
     ]
+    if run.unfinished:
+        lines.append(("UNFINISHED", f"weights and figures {run.unfinished}; ppl train ... --resume goes on"))
     lines += [(name, _inline(value)) for name, value in (run.config["pair"] or {}).items() if name != "class"]
     lines.append(
         (

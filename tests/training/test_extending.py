@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
         {},
         {"learning_rate": 0.5},
         3,
-        r"train.epochs was 2, is 3; train.learning_rate was 0.01, is 0.5",
+        r"configuration \(train.learning_rate was 0.01, is 0.5\)",
     ),
 }
 

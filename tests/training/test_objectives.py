@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from inference import ElboLoss, decompose_elbo
+from inference import ElboLoss, ImportanceWeightedLoss, PairError, ScoreFunctionLoss, decompose_elbo
 from inference.training.objectives import (
     PrecisionError,
 )
@@ -244,3 +244,30 @@ def test_under_bfloat16_the_terms_come_in_float32_or_not_at_all() -> None:
         pair.encoder = InHalf()
         with pytest.raises(PrecisionError, match=r"got torch.bfloat16 at site 'z': convert the law's parameters"):
             ElboLoss(pair, closed_form=False)(x)
+
+
+class FirstOfAll(ModelGuidePair):
+    """Takes one leading dim alone: with particles before it, ``z[:, :1]`` is the first datum's z, not the first column."""
+
+    def __init__(self, any_dims: bool) -> None:
+        super().__init__((2,), ("z",))
+        self.any_dims, self.w = any_dims, nn.Parameter(torch.tensor([1.0, -0.5]))
+
+    def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+        with pyro.plate("data", self.batch_size(x, size)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            first = z[..., :1] if self.any_dims else z[:, :1]
+            return pyro.sample("x", dist.Normal(first * self.w, 0.5).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", self.batch_size(x)):
+            pyro.sample("z", dist.Normal(x * self.w, 0.5).to_event(1))
+
+
+@pytest.mark.parametrize("kind", [ElboLoss, ImportanceWeightedLoss, ScoreFunctionLoss])
+def test_several_draws_at_once_of_programs_that_take_one_are_refused(kind: type) -> None:
+    x = torch.randn(6, 2)
+    with pytest.raises(PairError, match=r"under an outer particle plate, for a step of 5 draws .* use num_particles=1"):
+        kind(FirstOfAll(False), 5)(x)
+    assert kind(FirstOfAll(True), 5)(x).shape == (6,)
+    assert ElboLoss(FirstOfAll(False))(x).shape == (6,)

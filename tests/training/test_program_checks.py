@@ -1,4 +1,4 @@
-"""Parameters that live in Pyro's store alone are refused before the first step; all others are trained.
+"""Parameters that live in Pyro's store alone are refused before the first step; all others are trained. So are unnamed latents.
 
 Scales and subsampled plates, which `fit` refuses, are in tests/bounds/test_whole_densities.py.
 """
@@ -69,3 +69,38 @@ def test_parameters_that_the_pair_holds_are_trained(how):
     fit(pair, x, epochs=60, learning_rate=0.05, batch_size=200, progress=False)
     after = float(pair.slope(x).detach())
     assert abs(after - 0.5) < 0.1 < abs(before - 0.5)
+
+
+class TwoLayers(ModelGuidePair):
+    """z_2 -> z_1 -> x, whose latent sites are named as told."""
+
+    def __init__(self, latent_sites):
+        super().__init__((), latent_sites)
+        self.loc = nn.Parameter(torch.tensor(0.0))
+
+    def model(self, x=None, size=None):
+        with pyro.plate("data", self.batch_size(x, size)):
+            top = pyro.sample("z_2", dist.Normal(self.loc, 1.0))
+            low = pyro.deterministic("twice", 2 * pyro.sample("z_1", dist.Normal(top, 1.0)))
+            return pyro.sample("x", dist.Normal(low, 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z_2", dist.Normal(pyro.sample("z_1", dist.Normal(x / 2, 0.5)), 0.7))
+
+
+@pytest.mark.parametrize("sites", [("z_2",), (), ("zz",), ("z_2", "z_1", "w"), ("z_2", "x")])
+def test_latent_sites_that_are_not_the_models_are_refused(sites):
+    named = ", ".join(map(repr, sorted(sites))) or "none"
+    with pytest.raises(PairError, match=rf"the model's latent sites, 'z_1', 'z_2', got {named}: name them all"):
+        fit(TwoLayers(sites), torch.randn(20), epochs=1, progress=False)
+
+
+def test_latent_sites_that_are_the_models_are_trained():
+    run = fit(TwoLayers(("z_2", "z_1")), torch.randn(20), epochs=1, progress=False)
+    assert run.metrics[0]["train_rate"] > 0
+
+
+def test_one_name_is_no_tuple_of_names():
+    with pytest.raises(TypeError, match=r"latent_sites as a tuple of names, got 'top': use \('top',\)"):
+        TwoLayers("top")

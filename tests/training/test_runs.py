@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from inference.training.metrics import append_metrics, read_metrics, write_metri
 from inference.training.runs import Run
 from inference.training.storage import RunLock, RunLocked, StorageError
 from inference.training.texts import ContentError
+from inference.views.report import facts, kept_epoch
 from ppl_models import DDPM, VAE, LinearDiffusion, LinearGaussian, NoiseSchedule
 from ppl_models.likelihoods import Bernoulli, Normal
 from ppl_models.networks.residual_mlp import ResidualMLP
@@ -119,6 +121,27 @@ def test_the_same_weights_under_another_meaning_are_refused(name: str, network: 
     again = load_run(tmp_path / "run", ddpm())
     assert same(dict(again.pair.state_dict()), dict(run.pair.state_dict()))
     assert fit(ddpm(), x, tmp_path / "run", resume=True, **OPTIONS).metrics == run.metrics
+
+
+def test_an_unfinished_run_has_the_figures_of_its_weights(run: Run, tmp_path: Path) -> None:
+    """Killed after epochs that no checkpoint holds: metrics.csv is ahead of the weights, and is not what they reach."""
+    assert run.folder is not None
+    for path in (run.folder / "model").iterdir():
+        path.unlink()
+    ahead = (run.folder / "metrics.csv").read_text().splitlines()
+    (run.folder / "metrics.csv").write_text(
+        "\n".join([*ahead, ahead[-1].replace(ahead[-1].split(",")[0], "99.0", 1)]) + "\n"
+    )
+    with pytest.warns(UserWarning, match="is an unfinished run"):
+        stopped = load_run(run.folder)
+    assert stopped.metrics == run.metrics
+    assert stopped.unfinished == f"after epoch {len(run.metrics)} of {run.config['train']['epochs']}"
+    assert run.unfinished == ""
+    best_first = [{"epoch": 1.0, "validation_elbo": -1.0}, {"epoch": 2.0, "validation_elbo": -2.0}]
+    patient = replace(stopped, metrics=best_first, config={"train": {"patience": 3}})
+    assert [kept_epoch(each)["epoch"] for each in (patient, replace(patient, unfinished=""))] == [2.0, 1.0]
+    assert ("UNFINISHED", f"weights and figures {stopped.unfinished}; ppl train ... --resume goes on") in facts(stopped)
+    assert not any(name == "UNFINISHED" for name, _ in facts(run))
 
 
 def test_a_run_without_an_outline_loads(tmp_path: Path) -> None:
