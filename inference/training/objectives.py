@@ -190,8 +190,8 @@ class ElboLoss(nn.Module):
             obstacle = obstacle_to_vectorizing(plan, share_subsample=True)
         if obstacle:
             raise PairError(
-                f"expected programs that run under an outer particle plate, for a step of {self.num_particles} draws makes them "
-                f"at once, but {obstacle}: let both take any number of leading dims, or use num_particles=1"
+                f"expected programs that run under an outer particle plate, for a step of {self.num_particles} draws makes "
+                f"them at once, but {obstacle}: let both take any number of leading dims, or use num_particles=1"
             )
 
 
