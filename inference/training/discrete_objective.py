@@ -31,6 +31,8 @@ from ppl_models.pair import ModelGuidePair
 class DiscreteLoss(ElboLoss):
     """What estimators for categorical latents share: checks that do not ask for reparameterised draws, and each site's term."""
 
+    reported_draws = 2
+
     def _prepare(self, x: Tensor) -> None:
         """Decides which closed forms are terms, as :class:`ElboLoss` does, and checks the latents for the estimator."""
         plan, found = self._examine(x)
@@ -103,6 +105,8 @@ class EnumeratedLoss(DiscreteLoss):
         >>> bool((loss(x) == loss(x)).all()), bool((-loss(x) <= vae.log_evidence(x)).all())
         (True, True)
     """
+
+    reported_draws = 1
 
     def __init__(self, pair: ModelGuidePair) -> None:
         super().__init__(pair)

@@ -144,9 +144,8 @@ def make_report(pair: ModelGuidePair, loss: Any) -> Any:
     elif isinstance(loss, ImportanceWeightedLoss) or type(loss) is ElboLoss:
         report = ElboLoss(pair)
     else:
-        report = ScoreFunctionLoss(
-            pair, num_particles=2
-        )  # without gradients: the mean over draws of the discrete guide
+        # Without gradients: the mean over draws of the discrete guide.
+        report = ScoreFunctionLoss(pair, num_particles=loss.reported_draws)
     if not isinstance(loss, ImportanceWeightedLoss):  # which decides on no closed forms
         report.closed_sites, report.nesting = loss.closed_sites, loss.nesting
     return report

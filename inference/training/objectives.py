@@ -80,6 +80,7 @@ class ElboLoss(nn.Module):
     """
 
     takes_scales = True  # poutine.scale and subsampled plates, as weights of the terms
+    reported_draws = 1  # at once, for the bound that `fit` reports where this loss trains
 
     def __init__(self, pair: ModelGuidePair, num_particles: int = 1, closed_form: bool = True) -> None:
         super().__init__()
@@ -184,14 +185,16 @@ class ElboLoss(nn.Module):
 
     def _check_particles(self, plan: Plan) -> None:
         """Refuses programs whose draws cannot be made at once, where there are several; nothing of the caller's changes."""
-        if self.num_particles == 1:
+        draws = max(self.num_particles, self.reported_draws)
+        if draws == 1:
             return
         with torch.no_grad(), forked_rng(), evaluating(self.pair):
             obstacle = obstacle_to_vectorizing(plan, share_subsample=True)
         if obstacle:
             raise PairError(
-                f"expected programs that run under an outer particle plate, for a step of {self.num_particles} draws makes "
-                f"them at once, but {obstacle}: let both take any number of leading dims, or use num_particles=1"
+                f"expected programs that run under an outer particle plate, for {draws} draws are made at once, but "
+                f"{obstacle}: let both take any number of leading dims, as z[..., 0] does and z[:, 0] does not, or "
+                "take a loss of one draw"
             )
 
 

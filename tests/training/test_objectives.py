@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from inference import ElboLoss, ImportanceWeightedLoss, PairError, ScoreFunctionLoss, decompose_elbo
+from inference import ElboLoss, GumbelSoftmaxLoss, ImportanceWeightedLoss, PairError, ScoreFunctionLoss, decompose_elbo
 from inference.training.objectives import (
     PrecisionError,
 )
@@ -267,7 +267,33 @@ class FirstOfAll(ModelGuidePair):
 @pytest.mark.parametrize("kind", [ElboLoss, ImportanceWeightedLoss, ScoreFunctionLoss])
 def test_several_draws_at_once_of_programs_that_take_one_are_refused(kind: type) -> None:
     x = torch.randn(6, 2)
-    with pytest.raises(PairError, match=r"under an outer particle plate, for a step of 5 draws .* use num_particles=1"):
+    with pytest.raises(
+        PairError, match=r"under an outer particle plate, for 5 draws are made .* or take a loss of one draw"
+    ):
         kind(FirstOfAll(False), 5)(x)
     assert kind(FirstOfAll(True), 5)(x).shape == (6,)
     assert ElboLoss(FirstOfAll(False))(x).shape == (6,)
+
+
+def test_a_loss_of_one_draw_whose_report_makes_two_looks_for_both() -> None:
+    """`fit` reports the bound of a relaxed loss by two draws of the discrete guide."""
+
+    class OneHot(ModelGuidePair):
+        def __init__(self, any_dims: bool) -> None:
+            super().__init__((2,), ("z",))
+            self.any_dims, self.w = any_dims, nn.Parameter(torch.tensor([1.0, -0.5]))
+
+        def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+            with pyro.plate("data", self.batch_size(x, size)):
+                z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(3)))
+                first = z[..., :1] if self.any_dims else z[:, :1]
+                return pyro.sample("x", dist.Normal(first * self.w, 0.5).to_event(1), obs=x)
+
+        def guide(self, x: Tensor) -> None:
+            with pyro.plate("data", self.batch_size(x)):
+                pyro.sample("z", dist.OneHotCategorical(logits=x @ self.w[:, None] * torch.ones(3)))
+
+    x = torch.randn(6, 2)
+    assert GumbelSoftmaxLoss(OneHot(True))(x).shape == (6,)
+    with pytest.raises(PairError, match="for 2 draws are made at once"):
+        GumbelSoftmaxLoss(OneHot(False))(x)
