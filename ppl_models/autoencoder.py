@@ -73,6 +73,7 @@ class AutoEncoder(ModelGuidePair):
         (('z', 'l1', 'x'), [0.0, 0.0, 0.0, 0.0])
     """
 
+    bounds_evidence = False
     prior_loc: Tensor
     prior_scale: Tensor
 

@@ -45,6 +45,7 @@ class ModelGuidePair(nn.Module, ABC):
 
     Attributes:
         data_site: name of the observed site; a system that calls its data otherwise (a diffusion's ``x_0``) says so.
+        bounds_evidence: whether there is a p(x) that the sum of terms bounds; an autoencoder, with no p(z), has none.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -65,6 +66,7 @@ class ModelGuidePair(nn.Module, ABC):
     """
 
     data_site: str = "x"
+    bounds_evidence: bool = True
     _unannounced: bool = False
 
     def __init__(self, data_shape: tuple[int, ...] | torch.Size, latent_sites: tuple[str, ...]) -> None:

@@ -67,6 +67,23 @@ def test_terms_of_a_diffusion_come_by_t_and_add_up(capsys, runs, system):
     assert matplotlib.image.imread(folder / "figures" / "terms.png").std() > 0
 
 
+def test_an_autoencoder_is_said_to_bound_nothing(capsys, tmp_path):
+    """Neither an ELBO nor a rate, bits or a collapse is claimed of what has no p(z); its twin, the VAE, has them all."""
+    shown = {}
+    for system in ("ae", "vae"):
+        arguments = ["--data", "digits", "--out", tmp_path / system, *CHOICES["ae"], *TINY]
+        assert run(["train", system, *map(str, arguments)]) == 0
+        printed = capsys.readouterr()
+        final = printed.out.strip().splitlines()[-2]
+        header, row = printed.err.splitlines()[2:4]
+        card = (tmp_path / system / "report.html", run(["report", str(tmp_path / system)]))[0].read_text()
+        capsys.readouterr()
+        shown[system] = (final.split(" on ")[0], "bits/dim" in final, "-loss" in header, row.split().count("-"))
+        assert ("minus the loss, validation" in card) == (system == "ae")
+        assert ("−ELBO by dimension" in card) == (system == "vae")
+    assert shown == {"ae": ("minus the loss", False, True, 2), "vae": ("ELBO", True, False, 0)}
+
+
 @pytest.mark.parametrize(
     ("system", "said"),
     [

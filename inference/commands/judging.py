@@ -67,7 +67,6 @@ def evidence(
     from inference.commands.choices import seeded
     from inference.commands.opening import open_run
     from inference.views.bounds import PARTICLES_A_TERM, has_point_guide
-    from ppl_models.autoencoder import AutoEncoder
     from ppl_models.diffusion import Diffusion
     from ppl_models.discrete_vae import CategoricalVAE
 
@@ -76,7 +75,7 @@ def evidence(
         check_new(ladder, force=force)
     opened = open_run(run, data, num_data)
     pair, x = opened.pair, opened.x
-    if isinstance(pair, AutoEncoder):
+    if not pair.bounds_evidence:
         raise ValueError(
             "expected a model with a prior p(z), got an autoencoder: it has no p(x) to estimate; ppl terms shows its loss"
         )

@@ -182,10 +182,16 @@ def run_training(system: str, options: TrainOptions, out: Path, *, resume: bool 
     row = kept_epoch(run)
     # A diffusion's latents are the process's; no unit of them is learned.
     units = "" if pair.data_site == "x_0" else f"; {row['active_units']:.0f} active units"
+    at = f"at epoch {row['epoch']:.0f}"
+    meaning = (
+        f"; {row['validation_bits_per_dim']:.3f} bits/dim) {at} = -(rate {row['validation_rate']:.2f} + distortion "
+        f"{row['validation_distortion']:.2f}){units}"
+        if pair.bounds_evidence
+        else f") {at}{units}; no bound of log p(x), for an autoencoder has no p(z)"
+    )
     print(
-        f"\nELBO on {run.config['validation']}: {row['validation_elbo']:.2f} +- {row['validation_std_error']:.2f} nats "
-        f"(SE: over data; {row['validation_bits_per_dim']:.3f} bits/dim) at epoch {row['epoch']:.0f} = "
-        f"-(rate {row['validation_rate']:.2f} + distortion {row['validation_distortion']:.2f}){units}\n"
+        f"\n{'ELBO' if pair.bounds_evidence else 'minus the loss'} on {run.config['validation']}: "
+        f"{row['validation_elbo']:.2f} +- {row['validation_std_error']:.2f} nats (SE: over data{meaning}\n"
         f"{'' if run.standardization is None else f'of standardised data: {offset_in_words(run.standardization)}{chr(10)}'}"
         f"{overfit_hint(run.metrics, run.config)}"
         f"the run is in {out}; look at it: ppl report {out}"

@@ -13,10 +13,13 @@ from typing import Any
 LINE_SECONDS = 5.0
 DRAW_SECONDS = 0.25
 HEADER = "epoch      train ELBO  valid ELBO  +- SE    rate  distortion  bits/dim  active   it/s   left"
+LOSS_HEADER = HEADER.replace(" train ELBO  valid ELBO", "train -loss valid -loss")
 
 
-def metrics_line(row: dict[str, float], epochs: int, speed: float, left: float, units: bool = True) -> str:
-    """One epoch as text, nats per datum, under :data:`HEADER`.
+def metrics_line(
+    row: dict[str, float], epochs: int, speed: float, left: float, units: bool = True, bound: bool = True
+) -> str:
+    """One epoch as text, nats per datum, under :data:`HEADER`, or :data:`LOSS_HEADER` of what bounds no log p(x).
 
     Args:
         row: of the run's metrics.
@@ -24,6 +27,7 @@ def metrics_line(row: dict[str, float], epochs: int, speed: float, left: float, 
         speed: steps per second.
         left: seconds.
         units: whether there are active units to count: a diffusion's latents are not learned.
+        bound: whether the figures are those of a bound; else they have no rate, and no bits that a code would take.
 
     Example:
         >>> row = dict(epoch=3, train_elbo=-10.5, validation_elbo=-11.0, validation_std_error=0.1, validation_rate=4.0,
@@ -33,8 +37,8 @@ def metrics_line(row: dict[str, float], epochs: int, speed: float, left: float, 
     """
     return f"{int(row['epoch'])}/{epochs}".ljust(9) + (
         f"{_cell(row['train_elbo'], 12)}{_cell(row['validation_elbo'], 12)}{_cell(row['validation_std_error'], 7)}"
-        f"{_cell(row['validation_rate'], 8)}{_cell(row['validation_distortion'], 12)}"
-        f"{_cell(row['validation_bits_per_dim'], 10, 3)}"
+        f"{_cell(row['validation_rate'], 8) if bound else '-':>8}{_cell(row['validation_distortion'], 12)}"
+        f"{_cell(row['validation_bits_per_dim'], 10, 3) if bound else '-':>10}"
         f"{int(row['active_units']) if units else '-':>8}{speed:>7.{0 if speed >= 10 else 1}f}{clock(left):>7}"
     )
 
@@ -65,12 +69,14 @@ class TrainingDisplay:
         batches: steps an epoch.
         enabled: False shows nothing.
         units: see :func:`metrics_line`.
+        bound: likewise.
     """
 
-    def __init__(self, epochs: int, batches: int, enabled: bool = True, units: bool = True) -> None:
+    def __init__(self, epochs: int, batches: int, enabled: bool = True, units: bool = True, bound: bool = True) -> None:
         self.epochs = epochs
         self.batches = batches
-        self.enabled, self.units = enabled, units
+        self.enabled, self.units, self.bound = enabled, units, bound
+        self.header = HEADER if bound else LOSS_HEADER
         self._live: Any = None
         self._start = self._drawn_at = self._printed_at = self._epoch_began = time.monotonic()
         self._steps = 0
@@ -134,13 +140,14 @@ class TrainingDisplay:
         )
 
     def _line(self, row: dict[str, float]) -> str:
-        return metrics_line(row, self.epochs, self._speed(), self._left(int(row["epoch"]), self.batches), self.units)
+        left = self._left(int(row["epoch"]), self.batches)
+        return metrics_line(row, self.epochs, self._speed(), left, self.units, self.bound)
 
     def _print(self) -> None:
         if self._latest is None:
             return
         if self._shown is None:
-            self.message(HEADER)
+            self.message(self.header)
         self.message(self._line(self._latest))
         self._shown = self._latest["epoch"]
         self._printed_at = time.monotonic()
@@ -152,5 +159,5 @@ class TrainingDisplay:
 
             self._live = Live(console=Console(stderr=True, highlight=False), transient=True, auto_refresh=False)
             self._live.start()
-        lines = [] if self._latest is None else [HEADER, self._line(self._latest)]
+        lines = [] if self._latest is None else [self.header, self._line(self._latest)]
         self._live.update("\n".join([*lines, self._place(epoch, batch)]), refresh=True)

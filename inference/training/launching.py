@@ -166,7 +166,8 @@ def _work(fabric: Any, job: Job) -> list[dict[str, float]]:
         doubt = too_few_draws(job.pair, len(job.inputs.validation_rows))
         if doubt and first:
             warnings.warn(doubt, stacklevel=4)
-        display = TrainingDisplay(job.config.epochs, batches, shown, units=not isinstance(job.pair, Diffusion))
+        units = not isinstance(job.pair, Diffusion)
+        display = TrainingDisplay(job.config.epochs, batches, shown, units, job.pair.bounds_evidence)
         records = Records(job.folder, writes=first, tensorboard=job.config.tensorboard)
         trainer = Trainer(
             job.pair.to(fabric.device),

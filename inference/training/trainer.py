@@ -275,7 +275,7 @@ class Trainer:
     def _collapsed(self) -> str:
         """The latent sites that carry nothing of the validation data, in words; empty where there are none."""
         count = min(COLLAPSE_DATA, len(self.inputs.validation_rows))
-        if isinstance(self.pair, Diffusion) or count < 2:
+        if isinstance(self.pair, Diffusion) or not self.pair.bounds_evidence or count < 2:
             return ""
         _, x = next(
             iter(

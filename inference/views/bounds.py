@@ -22,7 +22,6 @@ from inference.bounds.decomposition import decompose_elbo
 from inference.bounds.diffusion import DiffusionDecomposition, decompose_diffusion
 from inference.bounds.particles import forked_rng
 from inference.bounds.terms import Decomposition
-from ppl_models.autoencoder import AutoEncoder
 from ppl_models.diffusion import Diffusion
 from ppl_models.discrete_vae import CategoricalVAE
 from ppl_models.pair import ModelGuidePair
@@ -89,7 +88,7 @@ def remarks(pair: ModelGuidePair, x: Tensor, d: Decomposition) -> list[str]:
     if isinstance(d, DiffusionDecomposition):
         value, error = d.bits_per_dim()
         return [f"-log p(x_0) is at most -ELBO = {value:.4f} +- {error:.4f} bits/dim"]
-    if isinstance(pair, AutoEncoder):
+    if not pair.bounds_evidence:
         return ["an autoencoder has no p(z): the sum is minus its loss at z = f(x), and no bound of any log p(x)"]
     if isinstance(pair, VQVAE):
         used, most = float(pair.codebook_perplexity(x)), pair.num_latents * math.log(pair.num_codes)

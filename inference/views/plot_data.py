@@ -21,7 +21,6 @@ from torch import Tensor
 from inference.ancestral import Trajectory, ancestral_trajectory
 from inference.bounds.decomposition import decompose_elbo
 from inference.views.probing import conditional_mean, data_mean, data_site, guide_means
-from ppl_models.autoencoder import AutoEncoder
 from ppl_models.diffusion import Diffusion
 from ppl_models.pair import ModelGuidePair
 
@@ -118,7 +117,7 @@ def samples(pair: ModelGuidePair, num: int, data: Tensor | None = None) -> Sampl
         trace = poutine.trace(pair.model).get_trace(size=num)
     node = trace.nodes[data_site(pair, trace)]
     shown = Samples(to_array(node["value"]), to_array(data_mean(node["fn"])), None if data is None else to_array(data))
-    if isinstance(pair, AutoEncoder):
+    if not pair.bounds_evidence:
         return replace(shown, law="x ~ p(x | z), z ~ N(0, I): an autoencoder has no p(z)")
     return shown
 

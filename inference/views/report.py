@@ -233,12 +233,11 @@ def headline(run: Run, x: Tensor | None = None) -> list[tuple[str, str, str]]:
         )
     else:
         last_card = (f"{last['active_units']:.0f}", "", "active latent units")
+    value, error = f"{last['validation_elbo']:.2f}", f"± {last['validation_std_error']:.2f} nats"
+    if not pair.bounds_evidence:
+        return [(value, error, "minus the loss, validation; ± standard error over data"), last_card]
     return [
-        (
-            f"{last['validation_elbo']:.2f}",
-            f"± {last['validation_std_error']:.2f} nats",
-            "ELBO, validation; ± standard error over data",
-        ),
+        (value, error, "ELBO, validation; ± standard error over data"),
         (f"{last['validation_bits_per_dim']:.3f}", "bits/dim", "−ELBO by dimension"),
         (f"{last['validation_rate']:.2f}", "nats", "rate: KL(q || p)"),
         (f"{last['validation_distortion']:.2f}", "nats", "distortion: −log p(x | z)"),
