@@ -161,8 +161,20 @@ class Diffusion(ModelGuidePair, ABC):
         return self.process.sample_marginal(x_0, t), {}
 
     def step_divergence(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), ``[*batch]`` nats, from the network's output at (x_t, t), t >= 2."""
-        return kl_divergence(self.process.posterior(x_t, x_0, t), self.reverse_law(output, x_t, t))
+        """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), ``[*batch]`` nats, from the network's output at (x_t, t), t >= 2.
+
+        Raises:
+            TypeError: a reverse law of one's own whose KL has no closed form.
+        """
+        q, p = self.process.posterior(x_t, x_0, t), self.reverse_law(output, x_t, t)
+        try:
+            return kl_divergence(q, p)
+        except NotImplementedError:
+            kinds = [type(getattr(law, "base_dist", law)).__name__ for law in (q, p)]
+            raise TypeError(
+                f"expected a reverse law with a closed form of KL({kinds[0]} || p), got {kinds[1]}: override step_divergence, "
+                "with log q - log p at a draw of q, say, or register the KL with torch.distributions.register_kl"
+            ) from None
 
     def step_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`step_divergence` and :meth:`auxiliary_loss` of one draw, ``[*batch]`` each; t in 1..T, with T >= 2.

@@ -20,11 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
+from inference.bounds.closed_forms import NoClosedFormError, divergence
 from inference.bounds.diffusion_terms import DiffusionDecomposition, over_data, refuse_other_data
 from inference.bounds.moments import Moments
 from inference.bounds.seeded_draws import Streams, row_seeds, widened
@@ -57,7 +58,8 @@ def decompose_diffusion(
 
     Source: lecture notes 001 and 003; Ho et al. 2020 (arXiv:2006.11239), eq. 5. Two numbers per term: ``monte_carlo``,
     log p - log q at draws of x_t and x_{t+1}; ``analytic``, minus the closed-form KL at the same draws of x_{t+1}. The sum
-    uses the second, and log p(x_0 | x_1) at draws for t = 0, where there is no closed form. The networks are in
+    uses the second, and the first where there is no closed form: for log p(x_0 | x_1), and for a reverse law of one's own
+    whose KL is not known, which each term's ``reason`` then says. The networks are in
     evaluation mode for the time of the call.
 
     Args:
@@ -119,6 +121,7 @@ class _Estimate:
     drawn: tuple[Tensor, Tensor]
     exact: tuple[Tensor, Tensor] | None = None
     difference: tuple[Tensor, Tensor] | None = None
+    reason: str = ""  # why there is no closed form of a latent's term
 
 
 class _Terms:
@@ -137,6 +140,7 @@ class _Terms:
         self.pair, self.process, self.x_0 = pair, pair.process, x_0
         self.num_particles, self.place, self.first, self.progress = num_particles, place, first, progress
         self.cells = max(1, chunk_size // len(x_0))  # (timestep, particle) pairs at a time
+        self._no_closed_form = ""
 
     def of(self, timesteps: Sequence[int]) -> dict[int, _Estimate]:
         """The term of each t, as -L_t."""
@@ -163,11 +167,14 @@ class _Terms:
                 exact.add(closed.transpose(0, 1))
                 difference.add((term - closed).transpose(0, 1))
         moments = [drawn, exact, difference] if exact.count else [drawn]
-        if timesteps == [self.pair.num_timesteps]:  # nothing is drawn for the closed form of L_T
+        if exact.count and timesteps == [self.pair.num_timesteps]:  # nothing is drawn for the closed form of L_T
             moments[1] = _exactly(exact)
-        return {
+        estimates = {
             t: _Estimate(*((m.mean[i].cpu(), m.std_error[i].cpu()) for m in moments)) for i, t in enumerate(timesteps)
         }
+        for estimate in estimates.values():
+            estimate.reason = self._no_closed_form
+        return estimates
 
     def _draw(self, timesteps: list[int], count: int, streams: Streams) -> tuple[Tensor, Tensor | None]:
         """log p - log q, and its closed form, for each timestep and particle: ``[timesteps, count, b]`` each."""
@@ -178,7 +185,7 @@ class _Terms:
         if timesteps == [pair.num_timesteps]:
             q, p = widened(process.marginal(x_0, t)), widened(process.prior())
             x_t = streams.draw(q)
-            return p.log_prob(x_t) - q.log_prob(x_t), -kl_divergence(q, p)
+            return p.log_prob(x_t) - q.log_prob(x_t), self._closed_form(q, p)
         x_next = streams.draw(widened(process.marginal(x_0, t + 1)))
         output = pair.denoise(x_next.to(self.x_0.dtype), t + 1)
         bad = output.isnan().reshape(*output.shape[:3], -1).any(-1)
@@ -189,7 +196,15 @@ class _Terms:
         q = widened(process.posterior(x_next, x_0, t + 1))
         p = widened(pair.reverse_law(output, x_next, t + 1))
         x_t = streams.draw(q)
-        return p.log_prob(x_t) - q.log_prob(x_t), -kl_divergence(q, p)
+        return p.log_prob(x_t) - q.log_prob(x_t), self._closed_form(q, p)
+
+    def _closed_form(self, q: Any, p: Any) -> Tensor | None:
+        """-KL(q || p), or None, with the reason kept."""
+        try:
+            return -divergence(q, p)
+        except NoClosedFormError as reason:
+            self._no_closed_form = str(reason)
+            return None
 
 
 def _exactly(moments: Moments) -> Moments:
@@ -263,6 +278,8 @@ def _term(pair: Diffusion, t: int, parts: list[_Estimate]) -> SiteTerm:
     if t == 0:
         reason = "observed: log p(x_0 | x_1) at draws of x_1"
         return SiteTerm("x_0", "observed", mean, error, None, None, reason)
+    if parts[0].exact is None:
+        return SiteTerm(f"x_{t}", "latent", mean, error, None, None, parts[0].reason)
     exact, exact_error = joined([part.exact for part in parts if part.exact is not None])
     difference, difference_error = joined([part.difference for part in parts if part.difference is not None])
     reason = (

@@ -187,7 +187,7 @@ def diffusion_table(d: DiffusionDecomposition) -> str:
         row(f"x_{d.num_timesteps}", [d.num_timesteps], "prior matching KL, exact")
     for group in groups:
         name = f"x_{group[0]}" + (f" .. x_{group[-1]}" if len(group) > 1 else "")
-        row(name, group, f"{len(group)} KL{'s' if len(group) > 1 else ''}, closed form given x_(t+1)")
+        row(name, group, _what(d, group))
     if 0 in where:
         row("x_0", [0], "-log p(x_0 | x_1), drawn: the distortion")
     if not d.is_partial:
@@ -195,6 +195,14 @@ def diffusion_table(d: DiffusionDecomposition) -> str:
         row("-ELBO", list(where), "rate + distortion")
     title = f"L_t of a diffusion with T = {d.num_timesteps}, mean over {len(d.elbo)} data; {d.num_particles} particles a term"
     return f"{title}\n{text_table(['site', 'nats', '+- SE', 'bits/dim', 'what it is'], rows)}\n  ({d.note})"
+
+
+def _what(d: DiffusionDecomposition, steps: list[int]) -> str:
+    """What the terms of these inner steps are."""
+    plural = "s" if len(steps) > 1 else ""
+    if all(d[f"x_{t}"].analytic is not None for t in steps):
+        return f"{len(steps)} KL{plural}, closed form given x_(t+1)"
+    return f"{len(steps)} term{plural} log q - log p, drawn: {d[f'x_{steps[0]}'].reason}"
 
 
 def draw_bound_by_t(data: BoundByT) -> Figure:

@@ -14,7 +14,7 @@ from torch import nn
 
 from inference.bounds import NotANumberError, decompose_elbo, diffusion
 from inference.bounds.diffusion import decompose_diffusion
-from inference.bounds.seeded_draws import Streams, row_seeds, widened
+from inference.bounds.seeded_draws import Streams, row_seeds
 from ppl_models import LinearGaussian
 from ppl_models.ddpm import DDPM
 from ppl_models.likelihoods import Normal
@@ -325,5 +325,3 @@ def test_streams_refuse_other_laws():
     law = torch.distributions.Exponential(torch.ones(1, 1, 2))
     with pytest.raises(TypeError, match="expected an independent Normal or Categorical, got Exponential"):
         Streams([[0]], "cpu").draw(law)
-    with pytest.raises(TypeError, match="expected an independent Normal or Categorical, got Exponential"):
-        widened(law)
