@@ -157,7 +157,8 @@ class AutoEncoder(ModelGuidePair):
         if kind == "k-sparse" and k is None:
             k = max(1, latent_dim // 4)
         bounded = any(isinstance(penalty, ActivityTarget) for penalty in penalties)
-        encoder = CodeEncoder(data_shape, latent_dim, hidden, activation, likelihood.num_classes, bounded, k)
+        classes, counts = likelihood.num_classes, likelihood.takes_counts
+        encoder = CodeEncoder(data_shape, latent_dim, hidden, activation, classes, bounded, k, counts)
         output_shape = [*data_shape] if likelihood.num_classes is None else [*data_shape, likelihood.num_classes]
         decoder = Decoder(latent_dim, output_shape, list(hidden)[::-1], activation, with_scale=likelihood.needs_scale)
         return cls(encoder, decoder, latent_dim, likelihood, corruption, penalties)

@@ -184,7 +184,8 @@ class CategoricalVAE(ModelGuidePair):
             known_likelihood(likelihood),
         )
         shape, classes = [num_latents, num_classes], likelihood.num_classes
-        encoder, decoder = mirrored(data_shape, shape, hidden, activation, classes, likelihood.needs_scale)
+        laws = (classes, likelihood.needs_scale, likelihood.takes_counts)
+        encoder, decoder = mirrored(data_shape, shape, hidden, activation, *laws)
         return cls(encoder, decoder, num_latents, num_classes, likelihood)
 
     def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:

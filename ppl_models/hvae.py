@@ -136,7 +136,8 @@ class HVAE(ModelGuidePair):
         inputs = list(data_shape)
         for layer, (dim, width) in enumerate(zip(latent_dims, map(list, widths), strict=True), start=1):
             encoder = LadderEncoder if guide == "top_down" and layer < depth else GaussianEncoder
-            encoders.append(encoder(inputs, dim, width, activation, num_classes=classes if layer == 1 else None))
+            entries = (classes, likelihood.takes_counts) if layer == 1 else (None, False)
+            encoders.append(encoder(inputs, dim, width, activation, *entries))
             if layer == 1:
                 outputs = [*data_shape] if classes is None else [*data_shape, classes]
                 decoders.append(Decoder(dim, outputs, width[::-1], activation, with_scale=likelihood.needs_scale))

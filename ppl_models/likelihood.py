@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from ppl_models.networks.precision import at_least_float32
 
-__all__ = ["Likelihood", "LocationScale", "Parameters", "check_dims", "known_likelihood", "single_tensor"]
+__all__ = [
+    "Likelihood",
+    "LocationScale",
+    "Parameters",
+    "check_dims",
+    "known_likelihood",
+    "log_positive",
+    "single_tensor",
+    "value_and_scale",
+]
 
 _DEFAULT_INIT_SCALE = 0.1
 
@@ -33,8 +42,8 @@ class Likelihood(nn.Module, ABC):
     """Decoder output -> distribution of one datum. Subclasses say which; all are called alike.
 
     Attributes:
-        scaling: the data scaling it expects: "none" (any reals), "unit" (in [0, 1]), "symmetric" (in [-1, 1]) or
-            "classes" (class indices).
+        scaling: the data scaling it expects: "none" (any reals), "unit" (in [0, 1]), "symmetric" (in [-1, 1]),
+            "classes" (class indices) or "counts" (whole numbers >= 0).
         is_discrete: whether x has probabilities (log-likelihoods <= 0, bits per dimension) or densities.
         num_classes: K, size of the last axis of the decoder's output if x is a class index, else None.
         needs_scale: whether the decoder must return (loc, scale) rather than one tensor.
@@ -44,6 +53,11 @@ class Likelihood(nn.Module, ABC):
     is_discrete: ClassVar[bool]
     num_classes: int | None = None
     needs_scale: bool = False
+
+    @property
+    def takes_counts(self) -> bool:
+        """Whether x are numbers of things counted."""
+        return self.scaling == "counts"
 
     @abstractmethod
     def forward(self, parameters: Parameters, data_dim: int) -> dist.TorchDistribution:
@@ -143,18 +157,7 @@ class LocationScale(Likelihood):
 
     def _loc_and_scale(self, parameters: Parameters, data_dim: int) -> tuple[Tensor, Tensor]:
         if self.scale is None:
-            if not (isinstance(parameters, tuple) and len(parameters) == 2):
-                raise TypeError(
-                    "expected the decoder to return a pair (loc, scale), as the likelihood has scale=None, got "
-                    f"{_describe(parameters)}; return both, or give the likelihood a scale"
-                )
-            loc, scale = map(at_least_float32, parameters)
-            pairs = zip(scale.shape[::-1], loc.shape[::-1], strict=False)
-            if scale.dim() > loc.dim() or any(a not in (1, b) for a, b in pairs):
-                raise ValueError(
-                    f"expected scale to broadcast to the shape of loc, {list(loc.shape)}, got {list(scale.shape)}; "
-                    "return one scale per entry of loc, or per datum with trailing ones"
-                )
+            loc, scale = value_and_scale(parameters, "(loc, scale)", "scale")
         else:
             loc = single_tensor(
                 parameters, "location", "build the likelihood with scale=None to use the decoder's scale"
@@ -163,6 +166,30 @@ class LocationScale(Likelihood):
             scale = loc.new_full((), self.scale) if isinstance(self.scale, float) else self.log_scale.exp()
         check_dims(loc, data_dim)
         return loc, scale
+
+
+def value_and_scale(parameters: Parameters, pair: str, scale_name: str) -> tuple[Tensor, Tensor]:
+    """The decoder's two tensors, at least float32, the second broadcastable to the first.
+
+    Args:
+        parameters: what the decoder returned.
+        pair: what was expected of it, such as "(loc, scale)".
+        scale_name: what the second is called, and the likelihood's argument that is None.
+    """
+    if not (isinstance(parameters, tuple) and len(parameters) == 2):
+        raise TypeError(
+            f"expected the decoder to return a pair {pair}, as the likelihood has {scale_name}=None, got "
+            f"{_describe(parameters)}; return both, or give the likelihood a {scale_name}"
+        )
+    loc, scale = map(at_least_float32, parameters)
+    pairs = zip(scale.shape[::-1], loc.shape[::-1], strict=False)
+    if scale.dim() > loc.dim() or any(a not in (1, b) for a, b in pairs):
+        first = pair.strip("(").partition(",")[0]
+        raise ValueError(
+            f"expected {scale_name} to broadcast to the shape of {first}, {list(loc.shape)}, got {list(scale.shape)}; "
+            f"return one {scale_name} per entry of {first}, or per datum with trailing ones"
+        )
+    return loc, scale
 
 
 def known_likelihood(value: Any) -> Likelihood:
@@ -177,9 +204,14 @@ def known_likelihood(value: Any) -> Likelihood:
     return value
 
 
+def log_positive(name: str, value: Any) -> float:
+    """The log of a positive finite number; ValueError for all else."""
+    return math.log(_positive(name, value))
+
+
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        also = ', "learned", "default" or None' if name == "scale" else ""
+        also = {"scale": ', "learned", "default" or None', "size": ', "learned" or None'}.get(name, "")
         raise ValueError(f"expected {name} to be a positive finite number{also}, got {value!r}")
     return float(value)
 

@@ -3,7 +3,8 @@ r"""Likelihoods: what a decoder returns -> the distribution p(x | z) of one datu
     AE, VAE, HVAE (lecture notes 004):  p(x | z) = N(x; mu(z), sigma^2 I), or a Bernoulli or categorical of its logits
     DDPM (notes 003):                   p(x_0 | x_1) = prod_i of the mass that a Normal puts on the bin of x_0^i
 
-What they have in common, conventions included, is in :mod:`ppl_models.likelihood`.
+What they have in common, conventions included, is in :mod:`ppl_models.likelihood`; the laws of counts, Poisson and negative
+binomial, are in :mod:`ppl_models.count_likelihoods`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,21 @@ import torch
 from torch import Tensor
 
 import ppl_models.distributions as extra
+from ppl_models.count_likelihoods import NegativeBinomial, Poisson
 from ppl_models.data_checks import refuse_grey_levels, refuse_other_than_floats, refuse_other_than_tensor, refuse_where
 from ppl_models.likelihood import Likelihood, LocationScale, Parameters, check_dims, known_likelihood, single_tensor
 
-__all__ = ["Bernoulli", "Categorical", "DiscretizedNormal", "Likelihood", "LocationScale", "Normal", "known_likelihood"]
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "DiscretizedNormal",
+    "Likelihood",
+    "LocationScale",
+    "NegativeBinomial",
+    "Normal",
+    "Poisson",
+    "known_likelihood",
+]
 
 
 class Normal(LocationScale):

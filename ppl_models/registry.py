@@ -63,6 +63,8 @@ PARTS: dict[str, str] = {
     "Bernoulli": "ppl_models.likelihoods:Bernoulli",
     "Categorical": "ppl_models.likelihoods:Categorical",
     "DiscretizedNormal": "ppl_models.likelihoods:DiscretizedNormal",
+    "Poisson": "ppl_models.likelihoods:Poisson",
+    "NegativeBinomial": "ppl_models.likelihoods:NegativeBinomial",
     "GaussianNoise": "ppl_models.corruption:GaussianNoise",
     "Masking": "ppl_models.corruption:Masking",
     "SaltAndPepper": "ppl_models.corruption:SaltAndPepper",

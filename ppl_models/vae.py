@@ -93,7 +93,9 @@ class VAE(ModelGuidePair):
         """
         data_shape, hidden = sizes("data_shape", data_shape), sizes("hidden", hidden)
         likelihood = known_likelihood(likelihood)
-        encoder = GaussianEncoder(data_shape, latent_dim, hidden, activation, num_classes=likelihood.num_classes)
+        encoder = GaussianEncoder(
+            data_shape, latent_dim, hidden, activation, likelihood.num_classes, likelihood.takes_counts
+        )
         output_shape = [*data_shape] if likelihood.num_classes is None else [*data_shape, likelihood.num_classes]
         decoder = Decoder(latent_dim, output_shape, list(hidden)[::-1], activation, with_scale=likelihood.needs_scale)
         return cls(encoder, decoder, latent_dim, likelihood)

@@ -234,7 +234,8 @@ class VQVAE(ModelGuidePair):
             known_likelihood(likelihood),
         )
         shape, classes = [num_latents, code_dim], likelihood.num_classes
-        encoder, decoder = mirrored(data_shape, shape, hidden, activation, classes, likelihood.needs_scale)
+        laws = (classes, likelihood.needs_scale, likelihood.takes_counts)
+        encoder, decoder = mirrored(data_shape, shape, hidden, activation, *laws)
         return cls(encoder, decoder, num_latents, num_codes, code_dim, likelihood, commitment)
 
     def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:

@@ -28,7 +28,7 @@ from ppl_models import (
     NoiseSchedule,
 )
 from ppl_models.corruption import SaltAndPepper
-from ppl_models.likelihoods import Bernoulli, Categorical, DiscretizedNormal, Normal
+from ppl_models.likelihoods import Bernoulli, Categorical, DiscretizedNormal, NegativeBinomial, Normal, Poisson
 from ppl_models.networks import Decoder, GaussianEncoder
 from tests.oracles.discrete_vae import BlockDecoder, PosteriorEncoder
 
@@ -145,6 +145,9 @@ CASES: dict[str, Case] = {
     "vae-normal-decoder-scale": Case(_preset(lambda: Normal(scale=None), (2, 2, 2)), _generated),
     "vae-categorical": Case(_preset(lambda: Categorical(num_classes=4)), _generated),
     "vae-discretized-normal": Case(_preset(lambda: DiscretizedNormal(levels=17)), _generated),
+    "vae-poisson": Case(_preset(Poisson), _generated),
+    "vae-negative-binomial": Case(_preset(NegativeBinomial, (6,)), _generated),
+    "vae-negative-binomial-decoder-size": Case(_preset(lambda: NegativeBinomial(size=None)), _generated),
     "vae-by-hand": Case(_linear_vae, _generated, rebuilds=False),
     "vae-scalar-data": Case(
         lambda: VAE(GaussianEncoder((1,), 2, (4,)), Decoder(2, (1,), (4,)), 2, Normal()), _generated
@@ -189,6 +192,7 @@ CASES: dict[str, Case] = {
         _hvae(lambda: Normal(scale="learned"), "bottom_up", (3, 2, 2)), _generated, closed=False, mean_field=False
     ),
     "hvae-categorical-top-down": Case(_hvae(lambda: Categorical(num_classes=4), "top_down", (3, 2, 2)), _generated),
+    "hvae-poisson-top-down": Case(_hvae(Poisson, "top_down"), _generated),
     "hvae-one-layer": Case(_hvae(Bernoulli, "bottom_up", (2,)), _generated),
     "linear-hierarchy-bottom-up": Case(
         lambda: LinearHierarchy.random(4, (2, 2)),

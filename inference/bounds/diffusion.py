@@ -169,11 +169,11 @@ class _Terms:
         moments = [drawn, exact, difference] if exact.count else [drawn]
         if exact.count and timesteps == [self.pair.num_timesteps]:  # nothing is drawn for the closed form of L_T
             moments[1] = _exactly(exact)
-        estimates = {
-            t: _Estimate(*((m.mean[i].cpu(), m.std_error[i].cpu()) for m in moments)) for i, t in enumerate(timesteps)
-        }
-        for estimate in estimates.values():
-            estimate.reason = self._no_closed_form
+        estimates = {}
+        for i, t in enumerate(timesteps):
+            pairs = [(m.mean[i].cpu(), m.std_error[i].cpu()) for m in moments]
+            closed_forms = {"exact": pairs[1], "difference": pairs[2]} if exact.count else {}
+            estimates[t] = _Estimate(pairs[0], reason=self._no_closed_form, **closed_forms)
         return estimates
 
     def _draw(self, timesteps: list[int], count: int, streams: Streams) -> tuple[Tensor, Tensor | None]:

@@ -9,6 +9,7 @@
       as classes          their number must be stated, as an entry "levels"
     npz:FILE, continuous  must be stated
     csv:FILE              bernoulli for zeros and ones, else normal, learned scale      2
+      numbers of things   poisson or negative_binomial, to be stated, scaling counts
     text:FILE             categorical, a class a character classes      none            16
     hf:NAME               as images:FOLDER for a column of images, else as npz:FILE
 
@@ -32,7 +33,16 @@ from inference.commands.options import TrainOptions
 from inference.commands.pair_choices import SHARED, choices_of, pair_arguments
 from inference.training.config import ConfigError
 from inference.training.datasets import TOY_DENSITIES, DataSet, list_data, load_data
-from ppl_models.likelihoods import Bernoulli, Categorical, DiscretizedNormal, Likelihood, Normal
+from ppl_models.hvae import HVAE
+from ppl_models.likelihoods import (
+    Bernoulli,
+    Categorical,
+    DiscretizedNormal,
+    Likelihood,
+    NegativeBinomial,
+    Normal,
+    Poisson,
+)
 from ppl_models.pair import ModelGuidePair
 from ppl_models.registry import system
 
@@ -41,6 +51,8 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "normal": Normal,
     "categorical": Categorical,
     "discretized_normal": DiscretizedNormal,
+    "poisson": Poisson,
+    "negative_binomial": NegativeBinomial,
 }
 LATENT_DIMS = {"image": 16, "point": 2, "text": 16}
 
@@ -62,7 +74,8 @@ def choose(name: str, options: TrainOptions) -> tuple[TrainOptions, DataSet]:
         ('discretized_normal', 'symmetric', 16, 17)
     """
     spec = _absolute(options.data)
-    levels, kind = _levels_and_kind(spec, options.scaling)
+    counts = options.likelihood in LIKELIHOODS and LIKELIHOODS[options.likelihood].scaling == "counts"
+    levels, kind = _levels_and_kind(spec, "counts" if counts and options.scaling is None else options.scaling)
     likelihood = options.likelihood or _likelihood_of_system(name, levels) or _likelihood(spec, levels, kind)
     if kind == "text" and likelihood != "categorical":
         raise ConfigError(
@@ -117,6 +130,9 @@ def build_pair(name: str, options: TrainOptions, data: DataSet) -> ModelGuidePai
         except TypeError as error:
             raise ConfigError(f"likelihood: {error}") from error
     assert isinstance(pair, ModelGuidePair)
+    if isinstance(likelihood, Poisson | NegativeBinomial) and isinstance(data.train, torch.Tensor):
+        decoder = pair.decoders[0] if isinstance(pair, HVAE) else pair.get_submodule("decoder")
+        likelihood.start_at_mean(decoder, data.train)
     return pair
 
 
@@ -187,6 +203,10 @@ def _make_likelihood(system_name: str, name: str, levels: int | None) -> Likelih
             return Bernoulli()
         case "normal":
             return Normal() if system_name == "ddpm" else Normal(scale="learned")
+        case "poisson":
+            return Poisson()
+        case "negative_binomial":
+            return NegativeBinomial()
         case "categorical" if levels is not None:
             return Categorical(levels)
         case "discretized_normal" if levels is not None:

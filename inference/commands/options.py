@@ -31,13 +31,13 @@ class TrainOptions(TrainConfig):
     """
 
     data: str = Field(description="what to train on; `ppl data` lists what there is")
-    likelihood: Literal["bernoulli", "normal", "categorical", "discretized_normal"] | None = Field(
-        None, description="law of x given z"
-    )
-    scaling: Literal["none", "unit", "symmetric", "classes", "standard"] | None = Field(
+    likelihood: (
+        Literal["bernoulli", "normal", "categorical", "discretized_normal", "poisson", "negative_binomial"] | None
+    ) = Field(None, description="law of x given z")
+    scaling: Literal["none", "unit", "symmetric", "classes", "standard", "counts"] | None = Field(
         None,
-        description="numbers that grey levels become: counts, in 0..1, in -1..1, or class indices; standard: continuous data "
-        "less their mean, in standard deviations",
+        description="what the numbers are: grey levels as they are, in 0..1, in -1..1, or class indices; standard: continuous "
+        "data less their mean, in standard deviations; counts: numbers of things",
     )
     test_fraction: float | None = Field(
         None, gt=0, lt=1, description="part of the data to hold out, where they have no held-out part"

@@ -230,9 +230,9 @@ def list_data() -> list[dict[str, Any]]:
     for row in rows:
         continuous = row["kind"] == "point"
         characters = row["kind"] == "text"
-        of_levels = [name for name in SCALINGS if name != "standard"]
+        of_levels = [name for name in SCALINGS if name not in ("standard", "counts")]
         known = of_levels if row["levels"] is not None else list(SCALINGS)
-        row["scaling"] = ["classes"] if characters else ["none", "standard"] if continuous else known
+        row["scaling"] = ["classes"] if characters else ["none", "standard", "counts"] if continuous else known
         row["binarization"] = ["none"] if continuous or characters else list(BINARIZATIONS)
     return rows
 
@@ -252,14 +252,14 @@ def _state(
             f"{source.name}: expected the number of classes to be stated, got integers up to {_largest(source)} without "
             f"it; {remedy} an entry 'levels', {_largest(source) + 1} or more"
         )
-    if not source.levels_stated and stated == "standard":
+    if not source.levels_stated and stated in ("standard", "counts"):
         source = replace(source, levels=None, levels_assumed=False)
     if source.levels_assumed and stated in ("unit", "symmetric") and _largest(source) < FEWEST_OF_8_BITS:
         most = _largest(source)
         raise DataError(
             f"{source.name}: expected the number of levels to be stated, got integers up to {most} without it, which may be "
             f"{most + 1} levels or dark 8-bit grey values; add to the file an entry 'levels', {most + 1} or 256, or state "
-            "scaling='standard' or 'none' if they are continuous"
+            "scaling='standard' or 'none' if they are continuous, 'counts' if they are numbers of things"
         )
     if (standardization is not None) > (stated == "standard"):
         raise DataError(f"standardization: expected only with scaling 'standard', got it with {stated!r}; leave it out")

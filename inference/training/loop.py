@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from inference.training.config import ConfigError, TrainConfig, make_config
+from inference.training.data_set import DataSet
 from inference.training.datasets import as_dataset
 from inference.training.extending import asks_for_more, extend
 from inference.training.inputs import fingerprint, prepare_inputs
@@ -69,8 +70,9 @@ def fit(
         progress: show epochs on stderr.
         spec: what ``data`` was read from, so that the run can read it again; known when ``data`` is a name, or comes from
             :func:`load_data`.
-        scaling: of a tensor, an array or a Dataset: "none" (as they are), "unit", "symmetric", "classes" or "standard";
-            integers are classes by themselves where the pair's likelihood is over classes.
+        scaling: of a tensor, an array or a Dataset: "none" (as they are), "unit", "symmetric", "classes", "standard" or
+            "counts"; by itself integers are classes where the pair's likelihood is over classes, and data counts where it is
+            one of counts.
         binarization: of data in [0, 1]: "none", "dynamic" or "fixed".
         levels: number of levels of integer data.
         options: fields of :class:`TrainConfig`. ``seed`` is that of batches and draws; the weights are as the pair has them, so
@@ -111,6 +113,8 @@ def fit(
     likelihood = getattr(pair, "likelihood", None)
     if scaling is None and _is_integer(data) and getattr(likelihood, "scaling", None) == "classes":
         scaling, levels = "classes", levels or likelihood.num_classes  # type: ignore[union-attr]
+    if scaling is None and getattr(likelihood, "takes_counts", False) and not isinstance(data, str | DataSet):
+        scaling = "counts"
     dataset = as_dataset(data, scaling=scaling, binarization=binarization, levels=levels)
     spec = dataset.spec if spec is None else spec
     dtype = _DTYPES.get(config.precision or "", _dtype_of(pair))

@@ -1,16 +1,17 @@
 r"""What the numbers in a data tensor mean: levels, scaling, binarisation.
 
-Quantised data are counts $k \in \{0, ..., K-1\}$ of $K$ levels (17 for the digits, 256 for 8-bit images). A scaling
+Quantised data are the numbers $k \in \{0, ..., K-1\}$ of $K$ levels (17 for the digits, 256 for 8-bit images). A scaling
 says on which grid they reach the likelihood:
 
-    "none"       k              the counts themselves, as floating point numbers
+    "none"       k              the level numbers themselves, as floating point numbers
     "unit"       k / (K - 1)    in [0, 1]
     "symmetric"  (2k - (K - 1)) / (K - 1) = -1 + 2k / (K - 1)    in [-1, 1], the grid of a discretised normal
     "classes"    k              as int64, for a categorical likelihood
 
-Continuous data have "none", the values as they are, or "standard", see `standardizing`.
+Continuous data have "none", the values as they are, or "standard", see `standardizing`. Numbers of things counted, 0, 1, 2, ...
+with no largest, have "counts": as they are, as floating point numbers.
 
-A likelihood is valid on one of them only, so nothing here guesses. Convention: **integers are counts, and are
+A likelihood is valid on one of them only, so nothing here guesses. Convention: **integers are level numbers, and are
 converted; floating point numbers are already scaled as stated, and are checked.** Binarisation reads a grey value in
 [0, 1] as a probability: $x \sim \mathrm{Bernoulli}(x)$, once ("fixed") or anew at each use ("dynamic"; Burda, Grosse
 and Salakhutdinov, 2016, arXiv:1509.00519, say which they use because the bounds are not comparable across the two).
@@ -22,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SCALINGS = ("none", "unit", "symmetric", "classes", "standard")
+SCALINGS = ("none", "unit", "symmetric", "classes", "standard", "counts")
 BINARIZATIONS = ("none", "dynamic", "fixed")
 COUNT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-RANGES = {"unit": (0.0, 1.0), "symmetric": (-1.0, 1.0)}
+RANGES = {"unit": (0.0, 1.0), "symmetric": (-1.0, 1.0), "counts": (0.0, float("inf"))}
 
 
 class DataError(ValueError):
@@ -129,6 +130,11 @@ def grid(levels: int, scaling: str, dtype: torch.dtype | None = None) -> Tensor:
         raise DataError(
             f"scaling: 'standard' is for continuous data, got data of {levels} levels; use 'symmetric' or 'unit'"
         )
+    if scaling == "counts":
+        raise DataError(
+            f"scaling: 'counts' is for numbers of things counted, got data of {levels} levels; use 'symmetric' or 'unit', or "
+            "leave the number of levels out"
+        )
     if levels < 2:
         raise DataError(f"levels: expected the number of grey levels or classes, at least 2, got {levels}")
     k = torch.arange(levels, dtype=torch.float64)
@@ -166,8 +172,10 @@ def scale(x: Tensor, name: str, *, levels: int | None, scaling: str) -> Tensor:
             f"{name}: expected floating point numbers or integer counts, got {x.dtype}; convert with .float()"
         )
     if levels is None:
-        if scaling == "none":
-            return x.to(torch.get_default_dtype())
+        if scaling in ("none", "counts"):
+            x = x.to(torch.get_default_dtype())
+            check_scaled(x, name, levels=None, scaling=scaling)
+            return x
         if bool((above := x > 1).any()):
             example = "levels=3 for three classes" if scaling == "classes" else "levels=256 for 8-bit pixels"
             raise DataError(
@@ -219,6 +227,11 @@ def check_scaled(x: Tensor, name: str, *, levels: int | None, scaling: str) -> N
             f"{_entry(name, x, _first_index(bad))}: scaling {scaling!r} states values in [{low:g}, {high:g}]; "
             "scale the data so, or pass integer counts with their levels to have them scaled"
         )
+    if scaling == "counts" and bool((bad := x != x.round()).any()):
+        raise DataError(
+            f"{_entry(name, x, _first_index(bad))}: scaling 'counts' states whole numbers; numbers that are no counts take "
+            "'none' or 'standard'"
+        )
     if levels is not None:
         k = x.sub(low).mul_((levels - 1) / (high - low))
         tolerance = 1e-3 + (levels - 1) * torch.finfo(k.dtype).eps
@@ -246,7 +259,8 @@ def refuse_unscaled(x: Tensor, name: str) -> None:
         raise DataError(
             f"{_entry(name, x, _first_index(above))}: the data look like unscaled counts such as pixels in 0..255; "
             "state scaling='unit' or 'symmetric' and levels=256 to have integers scaled, scaling='none' to keep them, "
-            "'standard' to standardise them, scaling='classes' and levels=K (or, for a categorical likelihood, pass "
+            "'standard' to standardise them, 'counts' if they are numbers of things, "
+            "scaling='classes' and levels=K (or, for a categorical likelihood, pass "
             "x.long()) if they are K classes"
         )
 

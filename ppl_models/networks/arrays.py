@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
+from ppl_models.networks.entries import flat_entries
 from ppl_models.networks.mlp import Decoder
-from ppl_models.networks.one_hot import rows_of
 
 
 class ArrayMLP(nn.Module):
@@ -27,6 +26,7 @@ class ArrayMLP(nn.Module):
         activation: see :class:`ppl_models.networks.MLP`.
         num_classes: when given, the input holds integers 0..num_classes-1 and enters one-hot.
         with_scale: return ``(loc, scale)`` with scale = exp(head) > 0 instead of one array.
+        counts: the input holds counts and enters as log(1 + n).
 
     Example:
         >>> ArrayMLP((3, 4), (8, 8), hidden=(16,))(torch.zeros(7, 5, 3, 4)).shape
@@ -41,21 +41,19 @@ class ArrayMLP(nn.Module):
         activation: str = "tanh",
         num_classes: int | None = None,
         with_scale: bool = False,
+        counts: bool = False,
     ) -> None:
         super().__init__()
         self.input_shape = list(input_shape)
         self.num_classes = num_classes
+        self.counts = counts
         width = math.prod(self.input_shape) * (num_classes or 1)
         self.body = Decoder(width, output_shape, hidden, activation, with_scale)
 
     def forward(self, array: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The output for ``array`` ``[..., *input_shape]``."""
-        leading = array.shape[: array.dim() - len(self.input_shape)]
         reference = next(self.body.parameters())
-        if self.num_classes is not None:  # one-hot; nn.functional.one_hot reads values, which tracing cannot
-            units = torch.eye(self.num_classes, dtype=reference.dtype, device=reference.device)
-            array = rows_of(units, array)
-        return self.body(array.reshape(*leading, -1).to(reference.dtype))
+        return self.body(flat_entries(array, len(self.input_shape), reference, self.num_classes, self.counts))
 
     def config(self) -> dict[str, object]:
         """Constructor arguments, JSON-able."""
@@ -66,6 +64,7 @@ class ArrayMLP(nn.Module):
             "activation": self.body.activation,
             "num_classes": self.num_classes,
             "with_scale": self.body.with_scale,
+            "counts": self.counts,
         }
 
 
@@ -76,6 +75,7 @@ def mirrored(
     activation: str = "tanh",
     num_classes: int | None = None,
     with_scale: bool = False,
+    counts: bool = False,
 ) -> tuple[ArrayMLP, ArrayMLP]:
     """An encoder x -> ``[..., *latent_shape]`` and a decoder back to a likelihood's parameters, with ``hidden`` reversed.
 
@@ -86,6 +86,7 @@ def mirrored(
         activation: see :class:`ppl_models.networks.MLP`.
         num_classes: of class-valued data: one-hot in the encoder, the decoder's last axis.
         with_scale: the decoder returns ``(loc, scale)``.
+        counts: the encoder reads log(1 + x).
 
     Example:
         >>> encoder, decoder = mirrored((8, 8), (3, 4), hidden=(16,))
@@ -93,6 +94,6 @@ def mirrored(
         torch.Size([5, 8, 8])
     """
     output_shape = [*data_shape] if num_classes is None else [*data_shape, num_classes]
-    encoder = ArrayMLP(data_shape, latent_shape, hidden, activation, num_classes=num_classes)
+    encoder = ArrayMLP(data_shape, latent_shape, hidden, activation, num_classes=num_classes, counts=counts)
     decoder = ArrayMLP(latent_shape, output_shape, list(hidden)[::-1], activation, with_scale=with_scale)
     return encoder, decoder

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ppl_models.networks.entries import flat_entries
 from ppl_models.networks.mlp import MLP
-from ppl_models.networks.one_hot import rows_of
 
 
 class KSparse(nn.Module):
@@ -63,6 +63,7 @@ class CodeEncoder(nn.Module):
         num_classes: when given, x holds integers 0..num_classes-1 and enters one-hot.
         bounded: pass z through a sigmoid, so that each unit is an activity in (0, 1).
         k: keep the k largest units, see :class:`KSparse`; None keeps all.
+        counts: x holds counts and enters as log(1 + x).
 
     Raises:
         ValueError: k not in 1..latent_dim; see also :class:`ppl_models.networks.MLP`.
@@ -81,6 +82,7 @@ class CodeEncoder(nn.Module):
         num_classes: int | None = None,
         bounded: bool = False,
         k: int | None = None,
+        counts: bool = False,
     ) -> None:
         super().__init__()
         if k is not None and k > latent_dim:
@@ -90,6 +92,7 @@ class CodeEncoder(nn.Module):
         self.hidden = list(hidden)
         self.activation = activation
         self.num_classes = num_classes
+        self.counts = counts
         self.bounded = bounded
         self.k = k
         self.keep = nn.Identity() if k is None else KSparse(k)
@@ -97,13 +100,8 @@ class CodeEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` of shape ``[..., *data_shape]`` to ``[..., latent_dim]``."""
-        n = len(self.data_shape)
         reference = next(self.body.parameters())
-        if self.num_classes is not None:  # one-hot; nn.functional.one_hot reads values, which tracing cannot
-            units = torch.eye(self.num_classes, dtype=reference.dtype, device=reference.device)
-            x = rows_of(units, x)
-            n += 1
-        z = self.body(x.reshape(*x.shape[: x.dim() - n], -1).to(reference.dtype))
+        z = self.body(flat_entries(x, len(self.data_shape), reference, self.num_classes, self.counts))
         return self.keep(torch.sigmoid(z) if self.bounded else z)
 
     def config(self) -> dict[str, object]:
@@ -116,4 +114,5 @@ class CodeEncoder(nn.Module):
             "num_classes": self.num_classes,
             "bounded": self.bounded,
             "k": self.k,
+            "counts": self.counts,
         }

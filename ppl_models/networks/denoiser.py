@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.arguments import sizes
-from ppl_models.networks.one_hot import rows_of
+from ppl_models.networks.entries import rows_of
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
@@ -72,7 +72,7 @@ class Denoiser(nn.Module):
 
         Raises:
             TypeError: real values where classes are expected, or the reverse.
-            ValueError: see :meth:`batch_shape` and :func:`ppl_models.networks.one_hot.rows_of`.
+            ValueError: see :meth:`batch_shape` and :func:`ppl_models.networks.entries.rows_of`.
         """
         self.batch_shape(x)
         dtype = next(self.parameters()).dtype

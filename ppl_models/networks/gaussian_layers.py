@@ -12,11 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
+from ppl_models.networks.entries import flat_entries
 from ppl_models.networks.mlp import ACTIVATIONS, MLP
-from ppl_models.networks.one_hot import rows_of
 from ppl_models.networks.precision import at_least_float32
 
 
@@ -29,6 +28,7 @@ class LadderEncoder(nn.Module):
         hidden: hidden widths, at least one; the last is the width of the features.
         activation: see :class:`ppl_models.networks.MLP`.
         num_classes: when given, the input holds integers 0..num_classes-1 and enters one-hot.
+        counts: the input holds counts and enters as log(1 + n).
 
     Raises:
         ValueError: no hidden layer, and what :class:`ppl_models.networks.MLP` refuses.
@@ -47,6 +47,7 @@ class LadderEncoder(nn.Module):
         hidden: Sequence[int] = (200, 200),
         activation: str = "tanh",
         num_classes: int | None = None,
+        counts: bool = False,
     ) -> None:
         super().__init__()
         if not hidden:
@@ -56,18 +57,15 @@ class LadderEncoder(nn.Module):
         self.hidden = list(hidden)
         self.activation = activation
         self.num_classes = num_classes
+        self.counts = counts
         inputs = (num_classes or 1) * math.prod(data_shape)
         self.body = nn.Sequential(MLP([inputs, *hidden], activation), ACTIVATIONS[activation]())
         self.head = nn.Linear(self.hidden[-1], 2 * latent_dim)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``h`` of shape ``[..., *data_shape]`` to ``(loc, scale, features)``."""
-        n = len(self.data_shape)
-        if self.num_classes is not None:
-            classes = torch.eye(self.num_classes, dtype=self.head.weight.dtype, device=h.device)
-            h = rows_of(classes, h)
-            n += 1
-        features = self.body(h.reshape(*h.shape[: h.dim() - n], -1).to(self.head.weight.dtype))
+        flat = flat_entries(h, len(self.data_shape), self.head.weight, self.num_classes, self.counts)
+        features = self.body(flat)
         loc, log_scale = at_least_float32(self.head(features)).chunk(2, dim=-1)
         return loc, log_scale.exp(), features
 
@@ -79,4 +77,5 @@ class LadderEncoder(nn.Module):
             "hidden": self.hidden,
             "activation": self.activation,
             "num_classes": self.num_classes,
+            "counts": self.counts,
         }

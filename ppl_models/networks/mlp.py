@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.arguments import sizes, whole_count
-from ppl_models.networks.one_hot import rows_of
+from ppl_models.networks.entries import flat_entries
 from ppl_models.networks.precision import at_least_float32
 
 Activation = Literal["tanh", "relu", "silu", "gelu"]
@@ -64,6 +64,7 @@ class GaussianEncoder(nn.Module):
         hidden: hidden widths.
         activation: see :class:`MLP`.
         num_classes: when given, x holds integers 0..num_classes-1 and enters one-hot.
+        counts: x holds counts and enters as log(1 + x).
 
     Example:
         >>> loc, scale = GaussianEncoder((8, 8), latent_dim=3, hidden=(16,))(torch.zeros(5, 8, 8))
@@ -78,6 +79,7 @@ class GaussianEncoder(nn.Module):
         hidden: Sequence[int] = (200, 200),
         activation: str = "tanh",
         num_classes: int | None = None,
+        counts: bool = False,
     ) -> None:
         super().__init__()
         self.data_shape = sizes("data_shape", data_shape)
@@ -85,17 +87,14 @@ class GaussianEncoder(nn.Module):
         self.hidden = sizes("hidden", hidden)
         self.activation = activation
         self.num_classes = num_classes
+        self.counts = counts
         inputs = math.prod(self.data_shape) * (num_classes or 1)
         self.body = MLP([inputs, *self.hidden, 2 * self.latent_dim], activation)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` of shape ``[..., *data_shape]`` to ``(loc, scale)``, each ``[..., latent_dim]``."""
-        n = len(self.data_shape)
-        if self.num_classes is not None:
-            classes = torch.eye(self.num_classes, dtype=next(self.body.parameters()).dtype, device=x.device)
-            x = rows_of(classes, x)
-            n += 1
-        flat = x.reshape(*x.shape[: x.dim() - n], -1).to(next(self.body.parameters()).dtype)
+        reference = next(self.body.parameters())
+        flat = flat_entries(x, len(self.data_shape), reference, self.num_classes, self.counts)
         loc, log_scale = at_least_float32(self.body(flat)).chunk(2, dim=-1)
         return loc, log_scale.exp()
 
@@ -107,6 +106,7 @@ class GaussianEncoder(nn.Module):
             "hidden": self.hidden,
             "activation": self.activation,
             "num_classes": self.num_classes,
+            "counts": self.counts,
         }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from ppl_models.networks.denoiser import Denoiser, starting_at_zero
-from ppl_models.networks.one_hot import rows_of
+from ppl_models.networks.entries import rows_of
 from ppl_models.networks.time_embedding import TimeEmbedding
 
 _INITIAL_SCALE = 0.02
