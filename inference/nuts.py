@@ -249,10 +249,18 @@ def compare_guide(tree: xarray.DataTree) -> GuideComparison:
 
 def _chain(pair: ModelGuidePair, x: Tensor, num_samples: int, warmup: int, advance: Any) -> dict[str, np.ndarray]:
     """One chain for one datum: ``[draw, *event]`` by site, and which draws diverged."""
+    import torch
+    from pyro import poutine
     from pyro.infer import MCMC, NUTS
     from pyro.infer.autoguide.initialization import init_to_sample
 
-    kernel = NUTS(pair.model, init_strategy=init_to_sample)
+    from inference.bounds.particles import forked_rng
+    from inference.bounds.support import support_of
+
+    with torch.no_grad(), forked_rng():
+        sites = poutine.trace(pair.model).get_trace(x).nodes
+    to_reals = {site: torch.distributions.biject_to(support_of(sites[site]["fn"])).inv for site in pair.latent_sites}
+    kernel = NUTS(pair.model, init_strategy=init_to_sample, transforms=to_reals)
     mcmc = MCMC(
         kernel, num_samples, warmup_steps=warmup, hook_fn=lambda *_: advance(), disable_progbar=True
     )  # its bar would draw on stdout as well as on terminals

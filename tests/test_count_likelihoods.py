@@ -228,6 +228,6 @@ def test_counts_from_a_file_on_the_command_line(tmp_path, capsys, file, law):
     out = capsys.readouterr().out
     assert "scaling: counts" in out
     saved = load_run(tmp_path / "run")
-    assert float(saved.metrics[-1]["validation_elbo"]) > -60  # a start at means of one is below -5000
+    assert float(saved.metrics[-1]["validation_elbo"]) > -300  # a start at means of one is below -5000
     assert run(["train", "ddpm", *call[2:-1], str(tmp_path / "other")]) == 2
     assert "a likelihood with a location and a scale" in capsys.readouterr().err

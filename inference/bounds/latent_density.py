@@ -30,7 +30,7 @@ from inference.bounds.hmc import State
 from inference.bounds.importance_checks import missed_by_guide
 from inference.bounds.particles import Particles, Plan, Program, collect, located_draw
 from inference.bounds.sites import PARTICLES, PairError, Site, is_deterministic, sample_sites
-from inference.bounds.support import ZeroOutsideSupport, in_support, opts_out
+from inference.bounds.support import ZeroOutsideSupport, in_support, opts_out, support_of
 from inference.bounds.whole_densities import is_scaled
 
 Start = Literal["guide", "prior"]
@@ -126,7 +126,7 @@ class LatentDensity:
             inside = in_support(
                 site["fn"], site["value"]
             )  # first, for the inverse of an interval's map clamps what is outside
-            block = biject_to(site["fn"].support).inv(site["value"])
+            block = biject_to(support_of(site["fn"])).inv(site["value"])
             if not bool(inside.all()) or not bool(block.isfinite().all()):
                 raise PairError(
                     f"expected latents inside the model's support at site {name!r}, got a value on or outside its border: "
@@ -187,7 +187,7 @@ class _Layout:
 
     @classmethod
     def of(cls, site: Site, nesting: int, shared: list[int]) -> _Layout:
-        block = biject_to(site["fn"].support).inv(site["value"])
+        block = biject_to(support_of(site["fn"])).inv(site["value"])
         own = tuple(site["fn"].batch_shape)
         batch = (1,) * (nesting - len(own)) + own
         inner = [i for i in range(nesting) if i not in shared]
@@ -224,7 +224,7 @@ class _FromUnconstrained(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         name = msg["name"]
         if name in self.blocks:
-            transform = biject_to(msg["fn"].support)
+            transform = biject_to(support_of(msg["fn"]))
             value = transform(self.blocks[name])
             self.log_jacobians[name] = log_jacobian(transform, self.blocks[name], value, msg["fn"].event_dim)
             msg["value"], msg["done"] = value, True
@@ -296,7 +296,7 @@ def _check_latent(name: str, site: Site) -> None:
         raise PairError(f"expected latents with a density, got a Delta at site {name!r}: use pyro.deterministic there")
     _check_weight(name, site)
     try:
-        biject_to(fn.support)
+        biject_to(support_of(fn))
     except NotImplementedError:
         raise PairError(f"expected a support that maps to R^n, got {fn.support} at site {name!r}") from None
 

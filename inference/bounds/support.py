@@ -83,7 +83,7 @@ class OnSupport(TorchDistribution):
     @property
     def support(self) -> Any:
         """The law's support."""
-        return self.law.support
+        return support_of(self.law)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> OnSupport:
         """The law, expanded."""
@@ -174,9 +174,38 @@ def _density_by_base(law: Any) -> bool:
     )
 
 
+def support_of(law: Any) -> Any:
+    """The law's support as a constraint that has a map to R^n, where PyTorch's own does not say it.
+
+    An angle lies in [-pi, pi], where its density integrates to one, though it goes on periodically and PyTorch says all real
+    numbers; a mixture's support is that of its components.
+
+    Raises:
+        NotImplementedError, AttributeError: the law does not know its support.
+
+    Example:
+        >>> support_of(dist.VonMises(torch.zeros(3), 1.0)), support_of(dist.Gamma(1.0, 1.0))
+        (Interval(lower_bound=-3.141592653589793, upper_bound=3.141592653589793), GreaterThanEq(lower_bound=0.0))
+    """
+    if isinstance(law, dist.MaskedDistribution):
+        return support_of(law.base_dist)
+    if isinstance(law, OnSupport):
+        return support_of(law.law)
+    if isinstance(law, Independent):
+        base, dims = support_of(law.base_dist), law.reinterpreted_batch_ndims
+        return constraints.independent(base, dims) if dims else base
+    if isinstance(law, MixtureSameFamily):
+        return support_of(law.component_distribution)
+    if isinstance(law, torch.distributions.VonMises):
+        return constraints.interval(-math.pi, math.pi)
+    if isinstance(law, dist.SineBivariateVonMises | dist.SineSkewed):
+        return constraints.independent(constraints.interval(-math.pi, math.pi), 1)
+    return law.support
+
+
 def _support(law: Any) -> Any:
     try:
-        return law.support
+        return support_of(law)
     except (AttributeError, NotImplementedError):
         return None
 
