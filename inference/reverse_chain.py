@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from inference.bounds.sites import NotANumberError
+from inference.generated import generate
 from inference.progress import Progress
 from inference.respacing import respaced
 from inference.trajectory import Trajectory
@@ -38,7 +39,7 @@ class _Whole:
 
     @left_alone
     def run(self, count: int, progress: Progress) -> Trajectory:
-        x = self.pair.model(size=count)
+        x = generate(self.pair, count)[1]
         progress.advance()
         return Trajectory(x)
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from inference.bounds.annealing import ROWS, AnnealedEvidence, Path, seeded
 from inference.bounds.particles import make_plan
 from inference.bounds.support import ZeroOutsideSupport
+from inference.generated import generate
 from inference.printed import Printed
 from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
 
@@ -102,8 +102,7 @@ def bidirectional_evidence(
     if num_data < 1:
         raise ValueError(f"expected num_data >= 1, got {num_data}")
     with torch.no_grad(), seeded(seed):
-        trace = poutine.trace(pair.model).get_trace(size=num_data)
-        x = trace.nodes["_RETURN"]["value"]
+        trace, x = generate(pair, num_data)
         plan = make_plan(ZeroOutsideSupport()(pair.model), pair.guide, (x,), {})
         path = Path.prepare(plan, **annealing)
         lower = path.lower_bound()

@@ -26,6 +26,7 @@ from torch import Tensor
 from inference.bounds.joint import data_plan, latent_values, log_joint, refuse_point_masses
 from inference.bounds.particles import ELEMENTS_AT_ONCE, collect
 from inference.bounds.uniformity import chi_square
+from inference.generated import generate
 from inference.printed import Printed
 from inference.progress import Progress
 from inference.views.tables import text_table
@@ -158,8 +159,7 @@ def simulation_based_calibration(
 
 def _simulate(pair: ModelGuidePair, size: int, num_draws: int) -> tuple[list[str], NDArray[np.int64], int]:
     """Names, ranks ``[size, Q]``, and how many elements all draws of all sites have together."""
-    truth = poutine.trace(pair.model).get_trace(size=size)
-    x = truth.nodes["_RETURN"]["value"]
+    truth, x = generate(pair, size)
     fixed = poutine.trace(poutine.replay(pair.model, trace=truth)).get_trace(x)
     names: list[str] = []
     ranks: list[Tensor] = []

@@ -22,6 +22,7 @@ from inference.bounds.decomposition import decompose_elbo
 from inference.bounds.diffusion import DiffusionDecomposition, decompose_diffusion
 from inference.bounds.particles import forked_rng
 from inference.bounds.terms import Decomposition
+from inference.generated import generate
 from ppl_models.diffusion import Diffusion
 from ppl_models.discrete_vae import CategoricalVAE
 from ppl_models.pair import ModelGuidePair
@@ -67,7 +68,7 @@ def has_point_guide(pair: ModelGuidePair) -> bool:
     if isinstance(pair, Diffusion):
         return False
     with torch.no_grad(), forked_rng():
-        trace = poutine.trace(pair.guide).get_trace(pair.model(size=1))
+        trace = poutine.trace(pair.guide).get_trace(generate(pair, 1)[1])
     return all(isinstance(_base(trace.nodes[site]["fn"]), dist.Delta) for site in pair.latent_sites)
 
 

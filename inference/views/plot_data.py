@@ -20,7 +20,8 @@ from torch import Tensor
 
 from inference.ancestral import Trajectory, ancestral_trajectory
 from inference.bounds.decomposition import decompose_elbo
-from inference.views.probing import conditional_mean, data_mean, data_site, guide_means
+from inference.generated import data_site
+from inference.views.probing import conditional_mean, data_mean, guide_means
 from ppl_models.diffusion import Diffusion
 from ppl_models.pair import ModelGuidePair
 

@@ -21,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from inference.generated import data_site
 from ppl_models.pair import ModelGuidePair
 
 ROWS_AT_ONCE = 1024
@@ -28,25 +29,6 @@ ROWS_AT_ONCE = 1024
 
 class NoMeanError(ValueError):
     """A law without a mean that can stand in for a draw; the message names the site."""
-
-
-def data_site(pair: ModelGuidePair, trace: poutine.Trace) -> str:
-    """Name of the one sample site of a model trace that is not latent: ``x``, or ``x_0`` for a diffusion.
-
-    Raises:
-        ValueError: no such site, or several.
-    """
-    names = [
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site) and name not in pair.latent_sites
-    ]
-    if len(names) != 1:
-        raise ValueError(
-            f"expected one data site in the model beside the latent sites {', '.join(pair.latent_sites)}, "
-            f"got {', '.join(names) or 'none'}: list all other sites in latent_sites"
-        )
-    return names[0]
 
 
 def conditional_mean(pair: ModelGuidePair, latents: Mapping[str, Tensor]) -> Tensor:

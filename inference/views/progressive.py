@@ -24,11 +24,12 @@ from pyro import poutine
 from torch import Tensor
 
 from inference.bounds.particles import forked_rng
+from inference.generated import data_site
 from inference.printed import Printed
 from inference.views.drawing import draw_mosaic, mosaic_inches, style
 from inference.views.images import Array, Range, is_image, to_rgb
 from inference.views.plot_data import to_array
-from inference.views.probing import data_mean, data_site
+from inference.views.probing import data_mean
 from inference.views.tables import text_table
 from ppl_models.pair import ModelGuidePair
 
