@@ -119,6 +119,8 @@ def divergence(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
             raise NoClosedFormError(
                 f"no closed form is known for {names}: {type(law).__name__} has a density of its own"
             )
+    if isinstance(q_base, dist.ContinuousBernoulli) and isinstance(p_base, dist.Uniform):
+        raise NoClosedFormError(f"refused: PyTorch's {names} is infinite where the divergence is finite")
     batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape)  # not every entry of PyTorch's table broadcasts
     q_base, p_base = _expanded(q_base, batch, q_dims), _expanded(p_base, batch, p_dims)
     try:

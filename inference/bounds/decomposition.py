@@ -20,6 +20,7 @@ log q cancels noise of log p, and is better kept.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -236,12 +237,13 @@ class _Sums:
     def z_score(self, name: str) -> float | None:
         """Paired difference of Monte Carlo and closed form, averaged over data, in standard errors.
 
-        None without a closed form or half of one, or where the draws have no spread to measure it by.
+        None without a closed form or half of one, where it is infinite, or where the draws have no spread to measure it by.
         """
-        if name not in self.shortcuts:
+        exact = float(self.shortcuts[name].mean.mean()) if name in self.shortcuts else math.inf
+        if not math.isfinite(exact):
             return None
         mean, error = float(self.difference[name].mean), float(self.difference[name].std_error)
-        rounding = 1e3 * self._rounding(name) * (1.0 + abs(float(self.shortcuts[name].mean.mean())))
+        rounding = 1e3 * self._rounding(name) * (1.0 + abs(exact))
         if abs(mean) <= rounding and error <= rounding:  # two constants that agree
             return 0.0
         return mean / error if 0 < error < float("inf") else None

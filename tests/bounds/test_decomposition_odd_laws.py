@@ -67,6 +67,18 @@ def test_infinite_divergence_is_said_and_not_hidden():
     assert not math.isnan(d["z"].z_score or 0.0)
 
 
+def test_a_divergence_that_pytorch_gives_as_infinite_and_is_not():
+    """The continuous Bernoulli against the uniform law: torch's entry compares open with closed ends and says infinity."""
+    q, p = dist.ContinuousBernoulli(logits=torch.tensor(1.3)), dist.Uniform(0.0, 1.0)
+    assert torch.distributions.kl_divergence(q, p).isinf()
+    term = decomposed(q, p, num_particles=2000)["z"]
+    assert term.analytic is None
+    assert "PyTorch's KL(ContinuousBernoulli || Uniform) is infinite where the divergence is finite" in term.reason
+    z = torch.linspace(0, 1, 10_001)
+    exact = -float(torch.trapezoid(q.log_prob(z).exp() * q.log_prob(z), z))
+    assert abs(float(term.monte_carlo) - exact) < 5 * float(term.std_error)
+
+
 def test_categories_of_different_number():
     """A guide over fewer categories than the model's prior is legitimate; PyTorch's KL fails on its shapes."""
     q, p = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.2, 0.3, 0.4])
