@@ -9,6 +9,7 @@ used the KL there would be wrong, not merely noisy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import kl_divergence
 from torch.distributions.kl import _KL_REGISTRY
 
@@ -61,7 +63,10 @@ def site_divergence(guide_site: Site, model_site: Site) -> Tensor:
     mask = guide_site["mask"]
     if mask is not None:
         kl = torch.where(torch.as_tensor(mask, device=kl.device), kl, torch.zeros_like(kl))
-    return kl * guide_site["scale"]
+    kl = kl * guide_site["scale"]
+    for side in ("scale", "mask"):
+        kl = _nan_unless_same(kl, guide_site[side], model_site[side])
+    return kl
 
 
 def is_point_mass(law: Any) -> bool:
@@ -142,7 +147,7 @@ def divergence(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
         raise NoClosedFormError(f"no closed form is known for {names} with these event dimensions")
     if q_mask is not None:
         kl = torch.where(torch.as_tensor(q_mask), kl, torch.zeros_like(kl))
-    return kl
+    return _nan_unless_same(kl, q_mask, p_mask)
 
 
 def law_name(fn: Any) -> str:
@@ -188,8 +193,19 @@ def _levels(law: Any) -> Iterator[Any]:
         law = getattr(law, "base_dist", None)
 
 
+def _unreadable(a: Any, b: Any) -> bool:
+    """Whether scales or masks stand in for those that a traced graph will compute."""
+    return isinstance(a, FakeTensor) and isinstance(b, FakeTensor)
+
+
+def _nan_unless_same(kl: Tensor, a: Any, b: Any) -> Tensor:
+    """NaN where a graph finds two scales or masks to differ, though they were the same when it was traced."""
+    return torch.where((a == b).all(), kl, math.nan) if a is not b and _unreadable(a, b) else kl
+
+
 def _same(a: Any, b: Any) -> bool:
-    if a is b:
+    """Whether two scales or masks are the same; of a traced graph's, which cannot be read, they are taken to be."""
+    if a is b or _unreadable(a, b):
         return True
     if a is None or b is None:
         other = b if a is None else a

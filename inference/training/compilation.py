@@ -9,12 +9,13 @@ itself, so that from one seed both draw the same.
     fast(x).mean().backward()           # in place of loss(x).mean().backward()
 
 A graph holds for one *signature*: shape and dtype of x, dtypes, strides and devices of the parameters, which of them are
-trained, which modules are in training mode, autocasting, and whether gradients are recorded. Another signature is traced when
-it is met, and runs uncompiled until it has been met often enough to be worth compiling. Each such event is logged.
+trained, which modules are in training mode, the numbers and words that modules keep as attributes, autocasting, and whether
+gradients are recorded. Another signature is traced when it is met, and runs uncompiled until it has been met often enough to
+be worth compiling. Each such event is logged. A number that changes at each step is better a buffer, which a graph reads.
 
-The one constraint: what is no parameter, buffer or x is frozen as it was when traced, such as the number of particles; and
-no Python decision may hang on a tensor's value. The gradient is one of all differentiable outputs together: those that a
-backward pass leaves out count with zero, as under ``torch.compile``.
+The one constraint: all else is frozen as it was when traced, such as what lies in lists, in closures or in objects that are no
+modules; and no Python decision may hang on a tensor's value. The gradient is one of all differentiable outputs together: those
+that a backward pass leaves out count with zero, as under ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def compile_objective(
     """A loss of a pair as flat compiled graphs: from one seed the same values and gradients to rounding, called like the loss.
 
     Parameters and buffers are read from the loss at each call, so that optimisers, ``load_state_dict`` and gradient
-    accumulation work as ever. Tracing and compiling draw no random numbers and change no buffer.
+    accumulation work as ever. When numbers that modules keep as attributes change, such as a weight or a dropout's p, it is
+    traced anew; what lies elsewhere, as in a list or a closure, is frozen. Tracing and compiling draw no random numbers and
+    change no buffer.
 
     Args:
         loss: ``loss(x)``, as :class:`inference.ElboLoss`; its modules stay the ones that they are.
@@ -194,12 +197,13 @@ class CompiledObjective(nn.Module):
             torch.is_grad_enabled(),
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
             tuple([module.training for module in self._traced_modules]),
+            self._state.settings(),
             tuple([(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in inputs]),
         )
 
     def _meet(self, key: Any, inputs: list[Tensor]) -> _Traced | None:
         """Traces for a signature not met before; None, and the loss itself from then on, where there were too many."""
-        if len(self._graphs) >= MAX_GRAPHS:
+        if self._num_graphs() >= MAX_GRAPHS:
             if None not in self._graphs.values():
                 self._say(
                     f"{MAX_GRAPHS} signatures were traced; others run as the loss itself, uncompiled: keep batches to a few "
@@ -210,7 +214,8 @@ class CompiledObjective(nn.Module):
             return None
         started = time.perf_counter()
         traced = self._graphs[key] = _Traced(self._trace(inputs))
-        first, later = len(self._graphs) == 1, f", to be compiled at its {COMPILE_AFTER}th call"
+        self._graphs[self._signature(inputs)] = traced  # a loss may note something at its first call
+        first, later = self._num_graphs() == 1, f", to be compiled at its {COMPILE_AFTER}th call"
         self._say(
             f"traced {type(self.loss).__name__}.{self.method} for x of shape {list(inputs[-1].shape)}"
             f"{'' if torch.is_grad_enabled() else ' without gradients'}: {traced.graph.num_operations} operations, "
@@ -218,6 +223,10 @@ class CompiledObjective(nn.Module):
             logging.INFO if first else logging.WARNING,
         )
         return traced
+
+    def _num_graphs(self) -> int:
+        """Different ones: a graph may stand for two signatures."""
+        return len({id(traced) for traced in self._graphs.values()})
 
     def _compile(self, traced: _Traced, inputs: list[Tensor]) -> None:
         assert self._backend is not None

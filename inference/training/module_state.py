@@ -3,8 +3,9 @@
 A tensor that is registered twice (tied weights), or through a module that is registered twice, is one tensor with several
 places, and all of them change together. ``torch.func.functional_call`` puts back the first of these places alone.
 
-The one constraint: the modules stay the ones that they were, and so do the ties; tensors in them may be replaced. Whether it
-holds is told by :meth:`ModuleState.is_current`.
+The one constraint: the modules stay the ones that they were, with as many tensors and hooks, and so do the ties; tensors in
+them may be replaced. Whether it holds is told by :meth:`ModuleState.is_current`. Numbers and words that modules keep as plain
+attributes, such as a dropout's p or a weight beta, are told by :meth:`ModuleState.settings`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = ["ModuleState"]
+
+_HOMES = ("_modules", "_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, float, complex, str, type(None))
+# read apart (training), without meaning once a layer is made, or torch's own
+_LEFT_OUT = {"training", "in_features", "out_features", "in_channels", "out_channels", "_is_full_backward_hook"}
 
 
 class ModuleState:
@@ -49,17 +56,43 @@ class ModuleState:
                 self.num_parameters = len(places)
         self._places = list(places.values())
         self._tied = [found for found in self._places if len(found) > 1]
-        self._children = [(m._modules, name, child) for m in module.modules() for name, child in m._modules.items()]
+        modules = list(module.modules())
+        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self._sizes = [(home, len(home)) for m in modules for home in (getattr(m, kind) for kind in (*_HOMES, *_HOOKS))]
+        self._absent = [
+            (home, key)
+            for m in modules
+            for home in (m._parameters, m._buffers)
+            for key, tensor in home.items()
+            if tensor is None
+        ]
+        self._settings = [
+            (vars(m), key)
+            for m in modules
+            for key, value in vars(m).items()
+            if isinstance(value, _PLAIN) and key not in _LEFT_OUT
+        ]
 
     def is_current(self) -> bool:
-        """Whether modules and ties are those that there were when this was made, and no tensor was taken away."""
+        """Whether modules, ties and hooks are those that there were when this was made, and no tensor came or went."""
+        for home, size in self._sizes:
+            if len(home) != size:
+                return False
         for home, name, child in self._children:
             if home.get(name) is not child:
+                return False
+        for home, key in self._absent:
+            if home.get(key) is not None:
                 return False
         for (home, key), *_ in self._places:
             if home.get(key) is None:
                 return False
         return all(len({id(home.get(key)) for home, key in places}) == 1 for places in self._tied)
+
+    def settings(self) -> tuple[Any, ...]:
+        """The plain attributes of the modules as they are now, hashable: what is no number or word by its identity."""
+        values = [home.get(key) for home, key in self._settings]
+        return tuple([value if isinstance(value, _PLAIN) else id(value) for value in values])
 
     def read(self) -> list[Tensor]:
         """The tensors as they are now."""
