@@ -49,6 +49,11 @@ def check_sites(model: dict[str, Site], guide: dict[str, Site]) -> None:
                 f"the model's latent site {name!r} has no guide site: add pyro.sample({name!r}, ...) to the guide, "
                 "or pass the data that make it observed"
                 + (" (sites enumerated in the model need one here)" if site["infer"].get("enumerate") else "")
+                + (
+                    " (obs_mask made it; .mask(...) on the law leaves entries out)"
+                    if name.endswith("_unobserved")
+                    else ""
+                )
             )
         elif not _same_shape(site["fn"].batch_shape, guide[name]["fn"].batch_shape):
             raise PairError(

@@ -31,6 +31,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten
@@ -151,7 +152,16 @@ class CompiledObjective(nn.Module):
         self._begin()
 
     def forward(self, x: Tensor) -> Any:
-        """What the loss's method returns at ``x``, on fresh draws."""
+        """What the loss's method returns at ``x``, on fresh draws.
+
+        Raises:
+            NotTraceableError: inside a transform of ``torch.func``, which a graph's gradient does not know.
+        """
+        if peek_interpreter_stack() is not None:
+            raise NotTraceableError(
+                "expected a compiled loss outside torch.func's transforms (vmap, grad, ...), which go through no graph of its "
+                f"own: transform the loss itself, .loss.{self.method}"
+            )
         with _LOCK:
             inputs = self._inputs(x)
             traced = self._traced(inputs)

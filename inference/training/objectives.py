@@ -11,8 +11,8 @@ The one constraint: every site is inside the data plate at dim -1, so that each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -175,9 +175,10 @@ class ElboLoss(nn.Module):
                 )
         for name, site in guide.items():
             if not site["is_observed"] and not site["fn"].has_rsample:
+                latents = [each["fn"] for each in guide.values() if not each["is_observed"]]
                 raise NotReparameterizedError(
                     f"expected reparameterised latents, got {type(site['fn']).__name__} at site {name!r}, whose draws carry "
-                    'no gradient: use EnumeratedLoss or ScoreFunctionLoss, in fit objective="enumeration" or "score_function"'
+                    f"no gradient: {_other_losses(latents)}"
                 )
         self._check_particles(plan)
         self.nesting = plan.nesting
@@ -263,6 +264,13 @@ def join_idle(num_latents: int, all_sum: Callable[[Tensor], Tensor]) -> None:
     The others wait for its part of the mean rates.
     """
     all_sum(torch.zeros(num_latents, dtype=torch.float32))
+
+
+def _other_losses(laws: Iterable[Any]) -> str:
+    """Which losses take latents of these laws."""
+    if all(law.has_enumerate_support for law in laws):
+        return 'use EnumeratedLoss or ScoreFunctionLoss, in fit objective="enumeration" or "score_function"'
+    return 'use ScoreFunctionLoss, in fit objective="score_function"'
 
 
 def _check_plate(name: str, site: Site, size: int) -> None:

@@ -89,8 +89,8 @@ def check_data(x: object, name: str = "train", data_shape: tuple[int, ...] | Non
     >>> try:
     ...     check_data(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
     ... except DataError as error:
-    ...     print(error)
-    train[1, 0] = nan: expected finite numbers; drop or repair that datum
+    ...     print(error)  # doctest: +ELLIPSIS
+    train[1, 0] = nan: expected finite numbers; drop or repair that datum, ...
     """
     if not isinstance(x, Tensor):
         to_tensor(x, name)
@@ -303,7 +303,10 @@ def binarize_fixed(x: Tensor, *seed: int) -> Tensor:
 
 def _check_finite(x: Tensor, name: str) -> None:
     if x.is_floating_point() and not bool((finite := torch.isfinite(x)).all()):
-        raise DataError(f"{_entry(name, x, _first_index(~finite))}: expected finite numbers; drop or repair that datum")
+        raise DataError(
+            f"{_entry(name, x, _first_index(~finite))}: expected finite numbers; drop or repair that datum, or, for programs "
+            "that mask what is missing, fill it in and say where in entries of their own"
+        )
 
 
 def _first_index(bad: Tensor) -> tuple[int, ...]:

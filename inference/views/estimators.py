@@ -33,7 +33,7 @@ class Estimator:
         mean: nats per datum.
         scatter: standard deviation of one estimate.
         gradient_scatter: the same of its gradient, over all parameters together.
-        repeats: how many draws these come from.
+        repeats: how many draws mean and scatter come from.
     """
 
     name: str
@@ -47,6 +47,11 @@ class Estimator:
     def std_error(self) -> float:
         """Standard error of :attr:`mean`."""
         return self.scatter / math.sqrt(self.repeats)
+
+    @property
+    def scatter_error(self) -> float:
+        """Standard error of :attr:`scatter`, as of normal draws: scatter / sqrt(2 (repeats - 1))."""
+        return self.scatter / math.sqrt(2 * (self.repeats - 1))
 
     @property
     def per_call(self) -> float:
@@ -68,13 +73,24 @@ def estimators_table(estimators: Sequence[Estimator]) -> str:
             f"{e.std_error:.3f}",
             str(e.calls),
             f"{e.scatter:.3f}",
+            f"{e.scatter_error:.3f}",
             f"{e.per_call:.3f}",
             f"{e.gradient_scatter:.3f}",
             f"{e.gradient_per_call:.3f}",
         ]
         for e in estimators
     ]
-    header = ["estimator", "nats", "+- SE", "calls", "SD", "SD per call", "gradient SD", "gradient SD per call"]
+    header = [
+        "estimator",
+        "nats",
+        "+- SE",
+        "calls",
+        "SD",
+        "+- SE",
+        "SD per call",
+        "gradient SD",
+        "gradient SD per call",
+    ]
     return text_table(header, rows)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from inference import ElboLoss
 from inference.training import module_state
-from inference.training.compilation import MAX_GRAPHS, compile_objective
+from inference.training.compilation import MAX_GRAPHS, NotTraceableError, compile_objective
 from ppl_models import ModelGuidePair
 from tests.training.test_compilation import said, same
 
@@ -141,3 +141,12 @@ def test_masks_that_come_to_differ_give_no_number():
     assert fast(x).isnan().any()
     with pytest.raises(Exception, match="masked differently"):
         loss(x)
+
+
+def test_transforms_of_torch_func_are_refused():
+    _, x, fast = made()
+    with pytest.raises(
+        NotTraceableError, match=r"outside torch.func's transforms .* transform the loss itself, .loss.forward"
+    ):
+        torch.func.grad(lambda x: fast(x).sum())(x)
+    assert fast(x).shape == (8,)
