@@ -89,7 +89,7 @@ def main(
         fit(pair, digits, epochs=epochs, learning_rate=2e-3, schedule="cosine", progress=False)
 
     x = digits.test
-    print("notes 004: L_AE, L_DAE = squared error / (2 sigma²) and a constant; every penalty is a term of its own")
+    print("notes 004: x is -L_AE = -squared error / (2 sigma²) and a constant, z nothing, each penalty minus its value")
     for name, pair in pairs.items():
         d = decompose_elbo(pair.model, pair.guide, x, num_particles=1)
         print(f"{name:20} " + "   ".join(f"{site} {float(d[site].value.mean()):9.3f}" for site in d.sites))

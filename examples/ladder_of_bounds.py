@@ -1,4 +1,4 @@
-"""ELBO <= IWAE-K <= AIS <= log p(x) <= reverse AIS, each with its error, where log p(x) is known: lecture notes 000, 004.
+"""ELBO <= IWAE-K <= log p(x) <= reverse AIS, and AIS <= log p(x), each with its error: lecture notes 000, 004.
 
 "What is its log-likelihood?" has one exact answer for a linear-Gaussian pair, so every estimate can be seen to bound it.
 The data are simulated from the model, which is what gives reverse annealing its upper bound. Then the gap log p(x) - ELBO

@@ -51,7 +51,7 @@ class GuideComparison(Printed):
     """Guide against NUTS for each datum and latent dimension; arrays ``[R]``, a row each, in units of the latent.
 
     ``shift`` is (guide mean - NUTS mean) / NUTS sd, ``shift_z`` the same difference in standard errors of the draws, and
-    ``sd_ratio`` the guide's sd over NUTS', with the standard error ``sd_ratio_error``.
+    ``sd_ratio`` the guide's sd over NUTS', with the standard error ``sd_ratio_std_error``.
     """
 
     names: tuple[str, ...]
@@ -63,7 +63,7 @@ class GuideComparison(Printed):
     shift: Array
     shift_z: Array
     sd_ratio: Array
-    sd_ratio_error: Array
+    sd_ratio_std_error: Array
     r_hat: Array
     ess: Array
     num_divergences: int
@@ -79,7 +79,7 @@ class GuideComparison(Printed):
         if abs(self.shift[row]) > FAR and abs(self.shift_z[row]) > Z_MAX:
             side = "high" if self.shift[row] > 0 else "low"
             said.append(f"{abs(self.shift[row]):.1f} sd too {side} (z = {self.shift_z[row]:+.0f})")
-        ratio, error = self.sd_ratio[row], self.sd_ratio_error[row]
+        ratio, error = self.sd_ratio[row], self.sd_ratio_std_error[row]
         if not NARROW <= ratio <= WIDE and abs(ratio - 1) > Z_MAX * error:
             said.append(f"too {'narrow' if ratio < 1 else 'wide'} (sd × {ratio:.2f})")
         return (" and ".join(said) or "agrees") + ("" if self.trusted[row] else DOUBT)

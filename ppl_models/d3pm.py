@@ -58,7 +58,9 @@ _LARGEST_LOG_ODDS = 60.0
 
 
 class D3PM(Diffusion):
-    """``D3PM(network, transitions, data_shape, num_classes)``: sites ``x_T`` .. ``x_1`` and ``x_0``, as in `Diffusion`.
+    """Denoising diffusion of classes by Markov steps: ``D3PM(network, transitions, data_shape, num_classes)``.
+
+    Sites ``x_T`` .. ``x_1`` and ``x_0``, programs as in `Diffusion`.
 
     Args:
         network: ``network(x_t, t)``, x_t int64 ``[..., *data_shape]`` and t int64 in 1..T of shape ``[...]`` -> logits of

@@ -2,8 +2,10 @@ r"""Denoising diffusion: the Gaussian chain and its reverse (lecture notes 001, 
 
     q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I)                  fixed
     p(x_T)           = N(0, I)
-    p(x_{t-1} | x_t) = N(mu(x_t, t), sigma_t^2 I),  t >= 2                 learned
-    p(x_0 | x_1)     = likelihood(mu(x_1, 1)), with variance sigma_1^2 = beta_1 unless the likelihood states its own
+    p(x_{t-1} | x_t) = N(mu(x_t, t), diag(sigma^2(x_t, t))),  t >= 2       learned
+    p(x_0 | x_1)     = likelihood(mu(x_1, 1)), of scale sigma(x_1, 1) unless the likelihood states its own
+
+with sigma^2 = beta_t or beta-tilde_t in every dimension (at t = 1 beta_1), or learned for each entry of x_t.
 
 The network predicts eps, x_0, v or the mean itself, four parameterisations of one mean: :mod:`ppl_models.predictions`. Nothing
 here clips the x_0 that the network stands for: that would be another model.
@@ -44,17 +46,19 @@ _LARGE_SIDE = 16
 
 
 class DDPM(Diffusion):
-    """``DDPM(network, schedule, data_shape)``: sites ``x_T`` .. ``x_1`` and ``x_0``, programs as in `Diffusion`.
+    """Denoising diffusion of real data by Gaussian steps: ``DDPM(network, schedule, data_shape)``.
+
+    Sites ``x_T`` .. ``x_1`` and ``x_0``, programs as in `Diffusion`.
 
     Args:
         network: ``network(x_t, t)``, x_t ``[..., *data_shape]`` and t int64 in 1..T of shape ``[...]`` -> an array of the
-            shape of x_t. With ``variance="learned"`` it has one more axis, the last, of length 2: the prediction and v.
+            shape of x_t. With ``variance="learned"`` it has one more axis, the last, of length 2: the prediction and u.
         schedule: beta_1 .. beta_T.
         data_shape: shape of one datum.
         predict: what the network predicts, ``"eps"``, ``"x_0"``, ``"v"`` or ``"mean"``; see :mod:`ppl_models.predictions`.
         variance: sigma_t^2. ``"beta"``: beta_t. ``"posterior"``: beta-tilde_t, at t = 1 (where it is 0) beta_1.
             ``"learned"``: between the two on a log scale, exp(w log beta_t + (1 - w) log beta-tilde_t) with
-            w = sigmoid(v), so that no v leaves the interval, and beta-tilde_2 in place of beta-tilde_1 = 0 (Nichol and
+            w = sigmoid(u), so that no u leaves the interval, and beta-tilde_2 in place of beta-tilde_1 = 0 (Nichol and
             Dhariwal 2021, arXiv:2102.09672, eq. 15, which leaves w free).
         likelihood: of x_0 given x_1; location mu(x_1, 1). Its scale is sigma_1 if ``scale`` is left out or None.
             `DiscretizedNormal(levels=256)` if None, for data in [-1, 1] (notes 003); `Normal()` for continuous data.
@@ -209,7 +213,7 @@ class DDPM(Diffusion):
         self.announce("network", "likelihood")
 
     def reverse_law(self, output: Tensor, x_t: Tensor, t: Tensor) -> dist.TorchDistribution:
-        """N(mu(x_t, t), sigma_t^2 I); see the base class."""
+        """N(mu(x_t, t), diag(sigma^2(x_t, t))); see the base class."""
         return dist.Normal(self.mean(output, x_t, t), self.scale(output, x_t, t)).to_event(len(self.data_shape))
 
     def draw_marginal(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -222,15 +226,14 @@ class DDPM(Diffusion):
     def step_divergence(
         self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None = None
     ) -> Tensor:
-        r"""\|mu - mu-tilde\|^2 / (2 sigma_t^2) + (D/2)(r - 1 - log r), r = beta-tilde_t / sigma_t^2; see the base class."""
+        r"""sum_i (mu_i - mu-tilde_i)^2 / (2 sigma_i^2) + (r_i - 1 - log r_i)/2, with r_i = beta-tilde_t / sigma_i^2."""
         n, c = len(self.data_shape), partial(self.process.coefficient, t=t, like=x_t)
         error = self._squared_error(output, x_0, x_t, t, noise)
         if self.variance == "learned":
             scale = self.scale(output, x_t, t)
             ratio = (c("sqrt_posterior_variance") / scale).square()
-            return 0.5 * sum_rightmost(
-                torch.addcmul(ratio - 1 - ratio.log(), (gain(self.predict, c) / scale).square(), error), n
-            )
+            spreads, means = ratio - 1 - ratio.log(), (gain(self.predict, c) / scale).square()
+            return 0.5 * sum_rightmost(torch.addcmul(spreads, means, error), n)  # spreads + means * error
         weight, excess = c("error_weight").reshape(t.shape), c("variance_excess").reshape(t.shape)
         return torch.addcmul(excess, weight, sum_rightmost(error, n))
 
@@ -360,7 +363,7 @@ def _refuse_other_grid(
     """Raises ValueError unless the DDPM reads a :class:`GridDenoiser`'s output as it was meant."""
     if (predict, variance) != ("eps", "learned"):
         raise ValueError(
-            f"expected predict='eps' and variance='learned' with a GridDenoiser, which returns the noise and v, got "
+            f"expected predict='eps' and variance='learned' with a GridDenoiser, which returns the noise and u, got "
             f"predict={predict!r} and variance={variance!r}"
         )
     own = network.schedule.alpha_bar

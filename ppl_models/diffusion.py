@@ -12,7 +12,8 @@ and with the second, by Bayes' rule at every step and a telescoping product,
     L_0 = -E_q log p(x_0 | x_1)
 
 of which ``term_model`` and ``term_guide`` are any one, at a cost that does not grow with T: x_{t+1} is drawn at once from
-q(x_{t+1} | x_0). Trace_ELBO under any of the three guides has the same expectation.
+q(x_{t+1} | x_0). Trace_ELBO of ``model`` has one expectation under ``guide`` and ``posterior_guide``, -ELBO; of ``term_model``
+under ``term_guide`` it is L_t.
 
 Convention: sites ``x_T`` .. ``x_1`` are latent, ``x_0`` is observed, each name with its number; t runs over 1..T and
 t = 0 is the data. The process q has no parameters; the network is the only thing learned, except a likelihood's scale.

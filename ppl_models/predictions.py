@@ -10,7 +10,7 @@ arXiv:2202.00512, section 4 and appendix D.) Notes 003 print sqrt(1 - alpha_t) i
 both are slips. With alpha-bar_T = 0, eps says nothing of x_0; the others do.
 
 The one constraint: coefficients come from a function of their names, :meth:`GaussianProcess.coefficient` with its tensors or
-:meth:`GaussianProcess.number` with numbers, so that all formulas are written once.
+:meth:`GaussianProcess.number` with numbers, so that training and sampling share the formulas.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_comparison_names_what_is_wrong(tree):
         assert "too narrow" in comparison.findings(row + 1)
         assert "too high" not in comparison.findings(row + 1)
         assert abs(comparison.shift[row] - 0.8) < 0.3
-        assert abs(comparison.sd_ratio[row + 1] - 0.5) < Z_MAX * comparison.sd_ratio_error[row + 1]
+        assert abs(comparison.sd_ratio[row + 1] - 0.5) < Z_MAX * comparison.sd_ratio_std_error[row + 1]
     assert comparison.words().startswith("guide against NUTS: 0 of 4")
     assert "datum 12, z[0]:" in comparison.words()
     assert "R-hat" in comparison.table()
@@ -130,8 +130,8 @@ def test_right_guide_agrees():
     assert [comparison.findings(row) for row in range(3)] == ["agrees"] * 3
     assert comparison.words().startswith("guide against NUTS: 3 of 3 latent dimensions agree")
     assert np.abs(comparison.shift_z).max() < Z_MAX
-    assert (np.abs(comparison.sd_ratio - 1) < Z_MAX * comparison.sd_ratio_error).all()
-    np.testing.assert_allclose(comparison.sd_ratio_error, np.sqrt(1 / 16_000 + 1 / 8000), rtol=0.15)
+    assert (np.abs(comparison.sd_ratio - 1) < Z_MAX * comparison.sd_ratio_std_error).all()
+    np.testing.assert_allclose(comparison.sd_ratio_std_error, np.sqrt(1 / 16_000 + 1 / 8000), rtol=0.15)
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,13 @@ class InferenceGap(Printed):
     """
 
     elbo: Tensor
-    elbo_error: Tensor
+    elbo_std_error: Tensor
     refined_elbo: Tensor
-    refined_elbo_error: Tensor
+    refined_elbo_std_error: Tensor
     log_evidence: Tensor
-    log_evidence_error: Tensor
+    log_evidence_std_error: Tensor
     amortisation_gap: Tensor
-    amortisation_gap_error: Tensor
+    amortisation_gap_std_error: Tensor
     refinement: Refinement
     evidence_is_bound: bool = False
     warnings: tuple[str, ...] = ()
@@ -66,9 +66,9 @@ class InferenceGap(Printed):
         return self.log_evidence - self.refined_elbo
 
     @property
-    def approximation_gap_error(self) -> Tensor:
+    def approximation_gap_std_error(self) -> Tensor:
         """Standard error of :attr:`approximation_gap`: evidence and refined bound come from independent draws."""
-        return (self.log_evidence_error.square() + self.refined_elbo_error.square()).sqrt()
+        return (self.log_evidence_std_error.square() + self.refined_elbo_std_error.square()).sqrt()
 
     @property
     def gap(self) -> Tensor:
@@ -76,19 +76,19 @@ class InferenceGap(Printed):
         return self.log_evidence - self.elbo
 
     @property
-    def gap_error(self) -> Tensor:
+    def gap_std_error(self) -> Tensor:
         """Standard error of :attr:`gap`."""
-        return (self.log_evidence_error.square() + self.elbo_error.square()).sqrt()
+        return (self.log_evidence_std_error.square() + self.elbo_std_error.square()).sqrt()
 
     def table(self) -> str:
         """Means over the data as text, with the errors that the draws leave, and how the search went."""
         rows = [
-            ("log p(x)", self.log_evidence, self.log_evidence_error),
-            ("ELBO of the best guide of the family", self.refined_elbo, self.refined_elbo_error),
-            ("ELBO", self.elbo, self.elbo_error),
-            ("approximation gap", self.approximation_gap, self.approximation_gap_error),
-            ("amortisation gap", self.amortisation_gap, self.amortisation_gap_error),
-            ("inference gap", self.gap, self.gap_error),
+            ("log p(x)", self.log_evidence, self.log_evidence_std_error),
+            ("ELBO of the best guide of the family", self.refined_elbo, self.refined_elbo_std_error),
+            ("ELBO", self.elbo, self.elbo_std_error),
+            ("approximation gap", self.approximation_gap, self.approximation_gap_std_error),
+            ("amortisation gap", self.amortisation_gap, self.amortisation_gap_std_error),
+            ("inference gap", self.gap, self.gap_std_error),
         ]
         cells = [[name, f"{float(v.mean()):.4f}", f"{_error_of_mean(e):.4f}"] for name, v, e in rows]
         text = text_table(["nats, mean over data", "value", "+- SE"], cells)

@@ -100,7 +100,7 @@ class Refinement:
 
     ``guide(x)`` is a Pyro program for exactly these data in this order; ``steps`` are those of all rounds together.
     ``gain`` ``[B]`` is what the last round added to each datum's bound, nats, on common random numbers, with standard
-    errors ``gain_error`` ``[B]``.
+    errors ``gain_std_error`` ``[B]``.
     """
 
     guide: Program
@@ -108,7 +108,7 @@ class Refinement:
     steps: int
     num_particles: int
     gain: Tensor
-    gain_error: Tensor
+    gain_std_error: Tensor
 
     @property
     def settled(self) -> Tensor:
@@ -116,24 +116,19 @@ class Refinement:
 
         A gain that is not known to 0.005 nats settles nothing, and neither does one that is not finite.
         """
-        return self.gain.abs() + 2 * self.gain_error <= TOLERANCE
+        return self.gain.abs() + 2 * self.gain_std_error <= TOLERANCE
 
     @property
     def converged(self) -> bool:
         """Whether every datum has settled."""
         return bool(self.settled.all())
 
-    @property
-    def mean_gain(self) -> tuple[float, float]:
-        """Mean over data of :attr:`gain`, and its standard error; it can be small where single data are far off."""
-        return float(self.gain.mean()), float(self.gain_error.square().sum().sqrt() / len(self.gain))
-
     def words(self) -> str:
         """The search as a sentence, with the datum whose gain is largest or least known."""
-        bound = (self.gain.abs() + 2 * self.gain_error).nan_to_num(nan=float("inf"))
+        bound = (self.gain.abs() + 2 * self.gain_std_error).nan_to_num(nan=float("inf"))
         worst = int(bound.argmax())
         open_ = ~self.settled
-        unknown = int((open_ & ~(2 * self.gain_error <= TOLERANCE)).sum())
+        unknown = int((open_ & ~(2 * self.gain_std_error <= TOLERANCE)).sum())
         verdict = "converged"
         if not self.converged:
             verdict = f"NOT converged for {int(open_.sum())} of {len(self.gain)} data: raise max_steps (--gap-steps)"
@@ -141,7 +136,7 @@ class Refinement:
                 verdict += f" ({unknown} of them not known: the error of the gain is too large)"
         return (
             f"{self.steps} Adam steps of {self.num_particles} draws a datum; the last round, half of them, changed the "
-            f"bound of datum {worst} the most, by {float(self.gain[worst]):+.4f} ± {float(self.gain_error[worst]):.4f} "
+            f"bound of datum {worst} the most, by {float(self.gain[worst]):+.4f} ± {float(self.gain_std_error[worst]):.4f} "
             f"nats: {verdict}"
         )
 

@@ -35,11 +35,11 @@ class ElboSurgery(Printed):
     """The rate and its two parts in nats, means over the N data, with standard errors."""
 
     rate: float
-    rate_error: float
+    rate_std_error: float
     mutual_information: float
-    mutual_information_error: float
+    mutual_information_std_error: float
     marginal_kl: float
-    marginal_kl_error: float
+    marginal_kl_std_error: float
     num_data: int
 
     @property
@@ -50,9 +50,9 @@ class ElboSurgery(Printed):
     def table(self) -> str:
         """The three numbers as text."""
         rows = [
-            ("mutual information  I_q(x; z)", self.mutual_information, self.mutual_information_error),
-            ("marginal KL         KL(q(z) || p(z))", self.marginal_kl, self.marginal_kl_error),
-            ("rate                E KL(q(z|x) || p(z))", self.rate, self.rate_error),
+            ("mutual information  I_q(x; z)", self.mutual_information, self.mutual_information_std_error),
+            ("marginal KL         KL(q(z) || p(z))", self.marginal_kl, self.marginal_kl_std_error),
+            ("rate                E KL(q(z|x) || p(z))", self.rate, self.rate_std_error),
         ]
         cells = [[name, f"{value:.4f}", f"{error:.4f}"] for name, value, error in rows]
         text = text_table([f"nats, mean over {self.num_data} data", "value", "+- SE"], cells)

@@ -42,13 +42,13 @@ class TotalError(Printed):
     """
 
     total: float
-    total_error: float
+    total_std_error: float
     modelling: float
-    modelling_error: float
+    modelling_std_error: float
     inference: float
-    inference_error: float
+    inference_std_error: float
     residual: float
-    residual_error: float
+    residual_std_error: float
     num_data: int
     evidence_is_bound: bool = False
     evidence_warnings: tuple[str, ...] = ()
@@ -75,16 +75,18 @@ class TotalError(Printed):
         if abs(self.residual) <= 1e-9 * (1 + abs(self.total)):
             return 0.0
         return (
-            self.residual / self.residual_error if self.residual_error > 0 else math.copysign(math.inf, self.residual)
+            self.residual / self.residual_std_error
+            if self.residual_std_error > 0
+            else math.copysign(math.inf, self.residual)
         )
 
     def table(self) -> str:
         """The three numbers and the identity as text."""
         rows = [
-            ("modelling error  KL(p_data || p)", self.modelling, self.modelling_error),
-            ("inference error  E KL(q(z|x) || p(z|x))", self.inference, self.inference_error),
-            ("total error      KL(q(x,z) || p(x,z))", self.total, self.total_error),
-            ("total - (modelling + inference)", self.residual, self.residual_error),
+            ("modelling error  KL(p_data || p)", self.modelling, self.modelling_std_error),
+            ("inference error  E KL(q(z|x) || p(z|x))", self.inference, self.inference_std_error),
+            ("total error      KL(q(x,z) || p(x,z))", self.total, self.total_std_error),
+            ("total - (modelling + inference)", self.residual, self.residual_std_error),
         ]
         cells = [[name, f"{value:.4f}", f"{error:.4f}"] for name, value, error in rows]
         text = text_table([f"nats, mean over {self.num_data} data", "value", "+- SE"], cells)

@@ -149,9 +149,9 @@ def calibrate(
 def gap_record(gap: InferenceGap) -> dict[str, Any]:
     """An inference gap as plain data: means over data in nats, with their errors, and whether the search converged."""
     parts = {
-        "amortisation_gap": (gap.amortisation_gap, gap.amortisation_gap_error),
-        "approximation_gap": (gap.approximation_gap, gap.approximation_gap_error),
-        "gap": (gap.gap, gap.gap_error),
+        "amortisation_gap": (gap.amortisation_gap, gap.amortisation_gap_std_error),
+        "approximation_gap": (gap.approximation_gap, gap.approximation_gap_std_error),
+        "gap": (gap.gap, gap.gap_std_error),
     }
     record: dict[str, Any] = {"num_data": len(gap.elbo), "converged": bool(gap.refinement.converged)}
     for name, (value, error) in parts.items():

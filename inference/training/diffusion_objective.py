@@ -6,7 +6,8 @@ r"""The loss that trains a diffusion: one t per datum, one network call per step
 
 with t in 0..T-1 drawn from p (:mod:`inference.training.timesteps`), x_{t+1} from q(x_{t+1} | x_0), the KLs L_1..L_{T-1} in
 closed form given x_{t+1}, and L_T, which has no parameters but belongs to the bound, added exactly. "simple" is the pair's
-``auxiliary_loss``, for a D3PM -log p(x_0 | x_s), averaged over s = 1..T; it is no bound and not in nats of anything.
+``auxiliary_loss``, averaged over s = 1..T; it is no bound: of a DDPM a squared error without a unit, of a D3PM
+-log p(x_0 | x_s), nats.
 
 Convention: :meth:`DiffusionLoss.terms` are always those of the unweighted bound, whatever the weights that train.
 

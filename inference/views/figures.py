@@ -248,7 +248,7 @@ def draw_bound_terms(data: BoundTerms) -> Figure:
         figure = Figure(figsize=(7.0, min(1.3 + 0.62 * count, 12.0)), layout="constrained")
         axes = figure.add_subplot()
         series = (
-            ("closed form, or half of one (ELBO: best of each term)", data.best, data.best_error, BLUE, -0.19, ""),
+            ("closed form, or half of one (ELBO: sum of the terms used)", data.best, data.best_error, BLUE, -0.19, ""),
             ("Monte Carlo, ± standard error", data.monte_carlo, data.monte_carlo_error, ORANGE, 0.19, "///"),
         )
         for name, value, error, colour, shift, hatch in series:

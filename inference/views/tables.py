@@ -53,7 +53,7 @@ def decomposition_table(d: Decomposition) -> str:
             f"{_mean(d.monte_carlo):.4f}",
             f"{d.monte_carlo_mean_std_error:.4f}",
             "",
-            f"best of each: {_mean(d.elbo):.4f} +- {d.mean_std_error:.4f}",
+            f"their sum: {_mean(d.elbo):.4f} +- {d.mean_std_error:.4f}",
         ]
     )
     per = (
@@ -64,7 +64,10 @@ def decomposition_table(d: Decomposition) -> str:
     text = text_table(["site", "closed form", "Monte Carlo", "+- SE", "z", "used in the sum"], rows)
     reasons = "\n".join(f"  {name}: {term.reason}" for name, term in d.terms.items())
     head = f"E_q[log p - log q] by site, nats, {per}; {d.num_particles} particles, SE: of the draws, at these data"
-    return f"{head}\n{text}\n{reasons}\n  ({d.note})"
+    closer = ""
+    if d.monte_carlo_mean_std_error < 0.9 * d.mean_std_error:
+        closer = "\n  (the draws alone have the smaller error here: errors of their terms cancel)"
+    return f"{head}\n{text}\n{reasons}\n  ({d.note}){closer}"
 
 
 def _used(term: SiteTerm) -> str:

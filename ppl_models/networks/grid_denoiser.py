@@ -8,8 +8,8 @@ network that returns x_0 or the noise itself has to learn rounding, to the preci
 is exact, and F is a log prior. Where pixels are independent, F = log p(v_k), the same for all t, is the optimum.
 
 What comes out is what a :class:`ppl_models.DDPM` with predict="eps" and variance="learned" takes: the noise that m stands
-for, eps = (x_t - sqrt(alpha-bar_t) m) / sqrt(1 - alpha-bar_t), and the v whose variance exp(w log beta_t +
-(1 - w) log beta-tilde_t), w = sigmoid(v), is that of p(x_{t-1} | x_t) in each pixel, by the law of total variance:
+for, eps = (x_t - sqrt(alpha-bar_t) m) / sqrt(1 - alpha-bar_t), and the u whose variance exp(w log beta_t +
+(1 - w) log beta-tilde_t), w = sigmoid(u), is that of p(x_{t-1} | x_t) in each pixel, by the law of total variance:
 
     beta-tilde_t + c_t^2 s_i^2,     c_t = sqrt(alpha-bar_{t-1}) beta_t / (1 - alpha-bar_t)
 
@@ -45,7 +45,7 @@ class Schedule(Protocol):
 
 
 class GridDenoiser(nn.Module):
-    """``network(x_t, t)``: real ``[*batch, *data_shape]`` -> ``[*batch, *data_shape, 2]``, (eps, v); see the module.
+    """``network(x_t, t)``: real ``[*batch, *data_shape]`` -> ``[*batch, *data_shape, 2]``, (eps, u); see the module.
 
     Args:
         network: F, ``[*batch, *data_shape]`` -> ``[*batch, *data_shape, K]``: a :class:`Denoiser` of real values made with
@@ -99,12 +99,12 @@ class GridDenoiser(nn.Module):
         self.register_buffer("tables", torch.stack(rows), persistent=False)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_t ``[*batch, *data_shape]`` and t, which broadcasts against ``batch``, to (eps, v)."""
+        """x_t ``[*batch, *data_shape]`` and t, which broadcasts against ``batch``, to (eps, u)."""
         mean, variance = self.posterior(x_t, t)
         signal, noise, square_weight, low, span = self._steps(x_t, t)
         weight = (square_weight * variance * (-low).exp()).log1p() / span
-        v = weight.clamp(_SMALLEST_WEIGHT, 1 - _SMALLEST_WEIGHT).logit()
-        return torch.stack([(x_t - signal * mean) / noise, v], -1)
+        u = weight.clamp(_SMALLEST_WEIGHT, 1 - _SMALLEST_WEIGHT).logit()
+        return torch.stack([(x_t - signal * mean) / noise, u], -1)
 
     def posterior(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of each entry of x_0 given x_t, each ``[*batch, *data_shape]``."""

@@ -111,8 +111,8 @@ class NoiseSchedule:
         """beta_t evenly spaced from ``first`` to ``last``, those of DDPM scaled to T steps unless given.
 
         Source: Ho, Jain, Abbeel 2020 (arXiv:2006.11239, section 4): 1e-4 to 0.02 at T = 1000. The factor 1000/T keeps
-        alpha-bar_T near 4e-5 for other T (Nichol and Dhariwal 2021's code), from T = 21: for fewer, beta_T would be 1 or more,
-        and both ends are to be given.
+        alpha-bar_T within a factor of two of 4e-5 from T = 100 (Nichol and Dhariwal 2021's code); below, it falls fast, to
+        8e-6 at T = 50 and 8e-9 at T = 21. For fewer steps beta_T would be 1 or more, and both ends are to be given.
 
         Args:
             num_timesteps: T >= 1.
@@ -332,7 +332,8 @@ class NoiseSchedule:
         if self._config["name"] == "betas":
             return f"NoiseSchedule.from_betas([{self.beta[0]:.6g}, ..., {self.beta[-1]:.6g}], T={self.num_timesteps})"
         rescaled = ".with_zero_terminal_snr()" if self._config["zero_terminal_snr"] else ""
-        ends = "".join(f", {name}={self._config[name]:g}" for name in ("first", "last") if name in self._config)
+        names = [name for name in ("first", "last", "first_log_snr", "last_log_snr") if name in self._config]
+        ends = "".join(f", {name}={self._config[name]:g}" for name in names)
         return f"NoiseSchedule.{self._config['name']}({self.num_timesteps}{ends}){rescaled}"
 
     def _named(self, name: str) -> NoiseSchedule:

@@ -95,11 +95,11 @@ class TestInferenceGap:
         )
         gap = inference_gap(pair, x, torch.as_tensor(evidence), num_particles=4000, steps=300)
         assert gap.refinement.converged
-        assert off_by(gap.approximation_gap, best, gap.approximation_gap_error, SLACK) < Z_MAX
-        assert off_by(gap.amortisation_gap, own - best, gap.amortisation_gap_error, SLACK) < Z_MAX
-        assert off_by(gap.gap, own, gap.gap_error) < Z_MAX
+        assert off_by(gap.approximation_gap, best, gap.approximation_gap_std_error, SLACK) < Z_MAX
+        assert off_by(gap.amortisation_gap, own - best, gap.amortisation_gap_std_error, SLACK) < Z_MAX
+        assert off_by(gap.gap, own, gap.gap_std_error) < Z_MAX
         if shift:  # the twin: an answer that called the whole gap an approximation gap would be caught
-            assert off_by(gap.amortisation_gap, 0 * own, gap.amortisation_gap_error, SLACK) > 2 * Z_MAX
+            assert off_by(gap.amortisation_gap, 0 * own, gap.amortisation_gap_std_error, SLACK) > 2 * Z_MAX
 
     def test_parts_add_up_and_are_shown(self):
         pair = Amortised(LinearGaussian.random(3, 2), 0.5, 1.0)
@@ -113,8 +113,8 @@ class TestInferenceGap:
         pair = Amortised(LinearGaussian.random(3, 2), 0.5, 0.8)
         x = pair.model(size=2).detach()
         gap = inference_gap(pair, x, num_particles=400, steps=100)
-        assert bool((gap.log_evidence_error > 0).all())
-        assert off_by(gap.log_evidence, pair.log_evidence(x).detach().numpy(), gap.log_evidence_error) < Z_MAX
+        assert bool((gap.log_evidence_std_error > 0).all())
+        assert off_by(gap.log_evidence, pair.log_evidence(x).detach().numpy(), gap.log_evidence_std_error) < Z_MAX
 
     def test_an_estimate_brings_its_error_along(self):
         class Estimate:
@@ -123,7 +123,7 @@ class TestInferenceGap:
 
         pair = Amortised(LinearGaussian.random(3, 2), 0.0, 1.0)
         gap = inference_gap(pair, torch.zeros(2, 3), Estimate(), num_particles=10, steps=8)
-        assert bool((gap.approximation_gap_error >= 5.0).all())
+        assert bool((gap.approximation_gap_std_error >= 5.0).all())
 
     def test_layers_are_corrected_on_top_of_their_dependence(self):
         """z_1 -> z_2 as in the posterior, with wrong numbers: corrected, it is better, and never above the evidence.
@@ -134,8 +134,8 @@ class TestInferenceGap:
         x = torch.tensor([[-1.0], [2.0]])
         evidence = torch.as_tensor(scipy.stats.norm(0, math.sqrt(3)).logpdf(x.numpy()[:, 0]))
         gap = inference_gap(pair, x, evidence, num_particles=4000, steps=200)
-        assert bool((gap.amortisation_gap > Z_MAX * gap.amortisation_gap_error).all())
-        assert bool((gap.approximation_gap > Z_MAX * gap.approximation_gap_error).all())
+        assert bool((gap.amortisation_gap > Z_MAX * gap.amortisation_gap_std_error).all())
+        assert bool((gap.approximation_gap > Z_MAX * gap.approximation_gap_std_error).all())
 
     def test_the_pair_is_left_alone(self):
         pair = Amortised(LinearGaussian.random(3, 2), 0.5, 1.0)
@@ -165,9 +165,9 @@ class TestInferenceGap:
             gaps.append(inference_gap(pair, x, pair.log_evidence(x), num_particles=4000))
             assert gaps[-1].refinement.converged
             best = np.array([pair.best_divergence(float(datum)) for datum in x])
-            assert off_by(gaps[-1].approximation_gap, best, gaps[-1].approximation_gap_error, SLACK) < Z_MAX
+            assert off_by(gaps[-1].approximation_gap, best, gaps[-1].approximation_gap_std_error, SLACK) < Z_MAX
         one, other = (gap.approximation_gap for gap in gaps)
-        assert off_by(one, other.numpy(), torch.hypot(*(g.approximation_gap_error for g in gaps)), SLACK) < Z_MAX
+        assert off_by(one, other.numpy(), torch.hypot(*(g.approximation_gap_std_error for g in gaps)), SLACK) < Z_MAX
         assert bool((gaps[1].amortisation_gap > 0.5).all())  # the second start is a bad one
 
     def test_too_few_steps_from_a_bad_start_are_owned_up_to(self):
@@ -176,7 +176,7 @@ class TestInferenceGap:
         assert not gap.refinement.converged
         assert "NOT converged for " in gap.table()
         assert "the split is a bound only" in gap.table()
-        assert off_by(gap.approximation_gap, 0 * x.numpy(), gap.approximation_gap_error, 0.1) > Z_MAX
+        assert off_by(gap.approximation_gap, 0 * x.numpy(), gap.approximation_gap_std_error, 0.1) > Z_MAX
 
     @pytest.mark.parametrize(
         ("gain", "error", "words"),
@@ -280,11 +280,11 @@ class TestTotalError:
         errors = total_error(self.pair, self.x, self.density, self.pair.log_evidence(self.x).detach())
         modelling, inference, total = self.numbers(self.pair, self.mean, self.cov)
         assert total == pytest.approx(modelling + inference, rel=1e-9)  # 004, on the oracle's own numbers
-        assert abs(errors.modelling - modelling) < Z_MAX * errors.modelling_error
-        assert abs(errors.inference - inference) < Z_MAX * errors.inference_error
-        assert abs(errors.total - total) < Z_MAX * errors.total_error
+        assert abs(errors.modelling - modelling) < Z_MAX * errors.modelling_std_error
+        assert abs(errors.inference - inference) < Z_MAX * errors.inference_std_error
+        assert abs(errors.total - total) < Z_MAX * errors.total_std_error
         assert abs(errors.z_score) < Z_MAX
-        assert inference > 10 * errors.inference_error  # the test would see its absence
+        assert inference > 10 * errors.inference_std_error  # the test would see its absence
         assert "total - (modelling + inference)" in errors.table()
 
     def test_a_wrong_density_is_seen(self):
@@ -292,13 +292,13 @@ class TestTotalError:
             self.pair, self.x, lambda x: self.density(x) - 1.5, self.pair.log_evidence(self.x).detach()
         )
         modelling, _, _ = self.numbers(self.pair, self.mean, self.cov)
-        assert abs(errors.modelling - modelling) > Z_MAX * errors.modelling_error
+        assert abs(errors.modelling - modelling) > Z_MAX * errors.modelling_std_error
 
     def test_toy_densities_by_name(self):
         x = torch.as_tensor(draw("two_moons", 200, np.random.default_rng(0))[0])
         pair = LinearGaussian.random(2, 1)
         errors = total_error(pair, x, "two_moons", num_particles=20)
-        assert errors.modelling > 6 * errors.modelling_error  # a Gaussian is no pair of moons
+        assert errors.modelling > 6 * errors.modelling_std_error  # a Gaussian is no pair of moons
         assert abs(errors.inference) < 0.05  # the guide is exact
 
     @pytest.mark.parametrize(

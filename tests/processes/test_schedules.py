@@ -319,4 +319,5 @@ def test_geometric_schedules_have_evenly_spaced_log_snr():
     assert not np.allclose(NoiseSchedule.cosine(200).log_snr.diff().numpy(), -12 / 199, atol=1e-2)  # control
     config = json.loads(json.dumps(schedule.config()))
     assert torch.equal(NoiseSchedule.from_config(**config).beta, schedule.beta)
-    assert repr(schedule) == "NoiseSchedule.geometric(200)"
+    assert repr(schedule) == "NoiseSchedule.geometric(200, first_log_snr=7, last_log_snr=-5)"
+    assert repr(NoiseSchedule.geometric(200, 9.0)) != repr(NoiseSchedule.geometric(200))
