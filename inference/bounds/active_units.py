@@ -21,6 +21,7 @@ from torch import Tensor
 from inference.bounds.joint import data_plan
 from inference.bounds.moments import Moments
 from inference.bounds.particles import Particles
+from inference.bounds.sites import base_law
 from inference.bounds.validity import closed_form_sites
 from inference.printed import Printed
 from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
@@ -179,7 +180,7 @@ def _mean(site: str, law: Any) -> Tensor:
 
 def _diagonal_normals(site: str, particles: Particles) -> tuple[Any, Any] | None:
     """The base laws of guide and model, if both are diagonal Gaussians."""
-    laws = [_base(program[site]["fn"]) for program in (particles.guide, particles.model)]
+    laws = [base_law(program[site]["fn"]) for program in (particles.guide, particles.model)]
     return (laws[0], laws[1]) if all(isinstance(law, torch.distributions.Normal) for law in laws) else None
 
 
@@ -188,7 +189,3 @@ def _unit_kl(site: str, particles: Particles) -> Tensor:
     laws = _diagonal_normals(site, particles)
     assert laws is not None  # seen in the prototype
     return torch.distributions.kl_divergence(*laws)
-
-
-def _base(law: Any) -> Any:
-    return _base(law.base_dist) if isinstance(law, torch.distributions.Independent) else law

@@ -25,7 +25,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyro.distributions
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from inference.bounds.dependencies import parents
 from inference.bounds.moments import Moments
 from inference.bounds.particles import forked_rng
-from inference.bounds.sites import is_deterministic, sample_sites
+from inference.bounds.sites import bare_law, is_deterministic, sample_sites
 from inference.printed import Printed
 from inference.progress import Progress
 from ppl_models.pair import ModelGuidePair
@@ -235,9 +234,7 @@ class _WithoutPaths(Messenger):
 
 def _reaching(law: Any, value: Tensor, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """Parameters with a path to the law: to its log-density, or to a point mass's place, which has no density."""
-    base = law
-    while isinstance(base, (torch.distributions.Independent, pyro.distributions.MaskedDistribution)):
-        base = base.base_dist
+    base = bare_law(law)
     outputs = [law.log_prob(value), *([base.v] if hasattr(base, "v") else [])]
     outputs = [output.sum() for output in outputs if output.requires_grad]
     if not outputs:

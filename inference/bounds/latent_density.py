@@ -29,7 +29,7 @@ from torch.distributions import biject_to
 from inference.bounds.hmc import State
 from inference.bounds.importance_checks import missed_by_guide
 from inference.bounds.particles import Particles, Plan, Program, collect, located_draw
-from inference.bounds.sites import PARTICLES, PairError, Site, is_deterministic, sample_sites
+from inference.bounds.sites import PARTICLES, PairError, Site, bare_law, is_deterministic, sample_sites
 from inference.bounds.support import ZeroOutsideSupport, in_support, opts_out, support_of
 from inference.bounds.whole_densities import is_scaled
 
@@ -311,7 +311,4 @@ def _check_weight(name: str, site: Site) -> None:
 
 
 def _is_fixed(site: Site) -> bool:
-    fn = site["fn"]
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
+    return isinstance(bare_law(site["fn"]), dist.Delta)

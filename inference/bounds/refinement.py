@@ -34,6 +34,7 @@ from torch import Tensor
 
 from inference.bounds.joint import data_plan, log_ratio, paired_bounds
 from inference.bounds.particles import Plan, Program
+from inference.bounds.sites import base_law
 from inference.progress import Progress
 from ppl_models.pair import ModelGuidePair
 
@@ -61,8 +62,8 @@ class Correction:
     @classmethod
     def none(cls, law: Any) -> Correction:
         """No correction, for a law of batch shape ``[B]``."""
-        loc = _base(law).loc.detach()
-        size = (*loc.shape, loc.shape[-1]) if isinstance(_base(law), dist.MultivariateNormal) else loc.shape
+        loc = base_law(law).loc.detach()
+        size = (*loc.shape, loc.shape[-1]) if isinstance(base_law(law), dist.MultivariateNormal) else loc.shape
         return cls(torch.zeros_like(loc), loc.new_zeros(size))
 
     def detached(self) -> Correction:
@@ -274,9 +275,9 @@ def _bound(plan: Plan, corrections: dict[str, Correction], num_particles: int) -
 def _uncorrected(site: str, plan: Plan) -> Correction:
     """A correction of nothing for a site, after it has been seen to change nothing."""
     node = plan.prototype.guide[site]
-    law, name = node["fn"], type(_base(node["fn"])).__name__
-    if not all(hasattr(_base(law), key) for key in ("loc", "has_rsample")) or not (
-        "scale" in _base(law).arg_constraints or isinstance(_base(law), dist.MultivariateNormal)
+    law, name = node["fn"], type(base_law(node["fn"])).__name__
+    if not all(hasattr(base_law(law), key) for key in ("loc", "has_rsample")) or not (
+        "scale" in base_law(law).arg_constraints or isinstance(base_law(law), dist.MultivariateNormal)
     ):
         raise NotRefinableError(
             f"expected a guide law with a location and a scale at site {site!r}, got {name}: a refined guide exists for "
@@ -302,7 +303,3 @@ def _uncorrected(site: str, plan: Plan) -> Correction:
             "one of Pyro's"
         )
     return correction
-
-
-def _base(law: Any) -> Any:
-    return _base(law.base_dist) if isinstance(law, torch.distributions.Independent) else law

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from inference.bounds.closed_forms import KNOWN_LAWS
+from inference.bounds.sites import base_law
 
 __all__ = ["Streams", "row_seeds", "widened"]
 
@@ -59,7 +60,7 @@ class Streams:
         Raises:
             TypeError: a law that is neither an independent Normal nor an independent Categorical.
         """
-        base = law.base_dist if isinstance(law, torch.distributions.Independent) else law
+        base = base_law(law)
         if _is_plain(base, torch.distributions.Normal):
             noise = torch.empty(base.batch_shape, dtype=base.loc.dtype, device=base.loc.device)
             for i, row in enumerate(self._rows):
@@ -84,7 +85,7 @@ def widened(law: dist.TorchDistribution) -> dist.TorchDistribution:
         >>> widened(dist.Normal(torch.zeros(2, dtype=torch.float32), 1.0).to_event(1)).mean.dtype
         torch.float64
     """
-    base = law.base_dist if isinstance(law, torch.distributions.Independent) else law
+    base = base_law(law)
     if _is_plain(base, torch.distributions.Normal):
         wide: dist.TorchDistribution = dist.Normal(base.loc.double(), base.scale.double())
     elif _is_plain(base, torch.distributions.Categorical):

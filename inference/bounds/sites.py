@@ -24,6 +24,20 @@ class NotANumberError(ValueError):
     """A log-density that is not a number; the message names program, site and datum."""
 
 
+def base_law(fn: Any) -> Any:
+    """The law of which ``.to_event`` made some batch dims event dims."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def bare_law(fn: Any) -> Any:
+    """The law without what only says which of its dims are events, or which of its numbers count."""
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
 def sample_sites(trace: poutine.Trace) -> dict[str, Site]:
     """A trace's sample sites in order, without subsampling sites and the particle plate."""
     return {

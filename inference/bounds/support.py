@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily, TransformedDistribution
 
 from inference.bounds.particles import forked_rng
+from inference.bounds.sites import bare_law
 
 
 class ZeroOutsideSupport(Messenger):
@@ -148,8 +149,7 @@ def in_support(law: Any, value: Tensor) -> Tensor:
 
 def opts_out(law: Any) -> bool:
     """Whether a law was made with ``validate_args=False`` while validation is on."""
-    while isinstance(law, (Independent, dist.MaskedDistribution)):
-        law = law.base_dist
+    law = bare_law(law)
     return Distribution._validate_args and not getattr(law, "_validate_args", True) and not isinstance(law, OnSupport)
 
 

@@ -26,7 +26,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from inference.bounds.closed_forms import law_name
-from inference.bounds.sites import PairError, Site
+from inference.bounds.sites import PairError, Site, base_law
 from inference.training.discrete_objective import DiscreteLoss
 from ppl_models.arguments import positive_number, whole_count
 from ppl_models.discrete_vae import one_hot
@@ -182,6 +182,5 @@ class _Replaced(Messenger):
 
 def _one_hot(law: Any) -> Any:
     """The law of single one-hot vectors inside ``Independent``; None for another law."""
-    while isinstance(law, torch.distributions.Independent):
-        law = law.base_dist
+    law = base_law(law)
     return law if isinstance(law, torch.distributions.OneHotCategorical) else None

@@ -10,7 +10,6 @@ The one constraint: only the number of draws is chosen here, and only where nobo
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -21,6 +20,7 @@ from inference.bounds.active_units import NoMeanError, active_units
 from inference.bounds.decomposition import decompose_elbo
 from inference.bounds.diffusion import DiffusionDecomposition, decompose_diffusion
 from inference.bounds.particles import forked_rng
+from inference.bounds.sites import bare_law
 from inference.bounds.terms import Decomposition
 from inference.generated import generate
 from ppl_models.diffusion import Diffusion
@@ -69,7 +69,7 @@ def has_point_guide(pair: ModelGuidePair) -> bool:
         return False
     with torch.no_grad(), forked_rng():
         trace = poutine.trace(pair.guide).get_trace(generate(pair, 1)[1])
-    return all(isinstance(_base(trace.nodes[site]["fn"]), dist.Delta) for site in pair.latent_sites)
+    return all(isinstance(bare_law(trace.nodes[site]["fn"]), dist.Delta) for site in pair.latent_sites)
 
 
 def remarks(pair: ModelGuidePair, x: Tensor, d: Decomposition) -> list[str]:
@@ -104,10 +104,3 @@ def remarks(pair: ModelGuidePair, x: Tensor, d: Decomposition) -> list[str]:
         return active_units(pair, x).words().splitlines() if len(x) > 1 else []
     except NoMeanError:  # of a latent without a mean nobody can say whether it moves
         return []
-
-
-def _base(law: Any) -> Any:
-    """A law without what only says which of its dims are events, or which count."""
-    while isinstance(law, torch.distributions.Independent | dist.MaskedDistribution):
-        law = law.base_dist
-    return law

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from inference.bounds.sites import base_law
 from inference.views.plot_data import Array, to_array
 from inference.views.probing import activity, conditional_mean, guide_means, model_at_means
 from inference.views.projection import coordinate_plane
@@ -158,9 +159,7 @@ def _prior_means(pair: ModelGuidePair) -> dict[str, Tensor]:
 
 def _quantiles(site: str, fn: Any, probabilities: Tensor) -> Tensor:
     """F^-1 of each dimension of one latent, ``[S, d]``, under a law of batch shape [1] with independent dimensions."""
-    law = fn
-    while isinstance(law, torch.distributions.Independent):
-        law = law.base_dist
+    law = base_law(fn)
     try:
         if law.event_shape:
             raise NotImplementedError

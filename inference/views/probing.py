@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from inference.bounds.sites import bare_law
 from inference.generated import data_site
 from ppl_models.pair import ModelGuidePair
 
@@ -114,9 +114,7 @@ def data_mean(fn: Any) -> Tensor:
         >>> float(data_mean(dist.Categorical(probs=torch.tensor([0.5, 0.0, 0.5]))))
         1.0
     """
-    law = fn
-    while isinstance(law, torch.distributions.Independent | dist.MaskedDistribution):
-        law = law.base_dist
+    law = bare_law(fn)
     if isinstance(law, torch.distributions.Categorical):
         return law.probs @ torch.arange(law.probs.shape[-1], dtype=law.probs.dtype, device=law.probs.device)
     return _mean("the data site", fn)
