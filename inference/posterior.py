@@ -205,6 +205,30 @@ def summary(tree: xarray.DataTree, group: str = "posterior", **options: Any) -> 
     return arviz_summary(tree, group=group, sample_dims=[DRAW], kind="stats", **options)
 
 
+def first_scalars(tree: xarray.DataTree, sites: Sequence[str]) -> dict[str, list[int]]:
+    """Coordinates for :func:`plot_posterior` of at most :data:`MAX_ROWS` scalars.
+
+    Two data where they fit, else one; of a site with many entries the first ones.
+
+    Example:
+        >>> import torch
+        >>> from ppl_models import LinearGaussian
+        >>> tree = to_datatree(LinearGaussian.random(data_dim=3, latent_dim=2), torch.zeros(5, 3), num_samples=10)
+        >>> first_scalars(tree, ["z"])
+        {'data': [0, 1]}
+    """
+    draws = tree["posterior"].dataset[list(sites)]
+    one = draws.isel({DRAW: 0, "data": 0})
+    each = sum(variable.size for variable in one.data_vars.values())
+    if each <= MAX_ROWS:
+        return {"data": list(range(min(draws.sizes["data"], 2 if 2 * each <= MAX_ROWS else 1)))}
+    first = {str(site): str(one[site].dims[0]) for site in sites if one[site].dims}
+    kept = max(one[site].sizes[dim] for site, dim in first.items())
+    while kept > 1 and sum(one[s].size * min(1, kept / one[s].sizes[d]) for s, d in first.items()) > MAX_ROWS:
+        kept -= 1
+    return {"data": [0]} | {dim: list(range(min(kept, one[site].sizes[dim]))) for site, dim in first.items()}
+
+
 def plot_posterior(
     tree: xarray.DataTree,
     group: str = "posterior",

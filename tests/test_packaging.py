@@ -32,13 +32,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_readme_names_files_and_tests_that_exist():
-    """Links, paths in code quotes, and the test of each slip of the notes."""
-    text = (ROOT / "README.md").read_text()
-    links = re.findall(r"\]\(([\w./-]+)\)", text)
+    """Links, paths in code quotes, and the test of each slip of the notes; in the folders' own READMEs, too."""
+    pages = {folder: (ROOT / folder / "README.md").read_text() for folder in (".", "examples", "tests")}
+    links = [Path(folder, link) for folder, page in pages.items() for link in re.findall(r"\]\(([\w./-]+)[)#]", page)]
+    text = "\n".join(pages.values())
     paths = re.findall(r"`((?:tests|ppl_models|inference|examples)/[\w./-]+)", text)
-    assert len(links) > 10
+    assert len(links) > 30
     assert len(paths) > 40
-    assert [each for each in {*links, *paths} if not (ROOT / each).exists()] == []
+    assert [str(each) for each in {*links, *map(Path, paths)} if not (ROOT / each).exists()] == []
+    pictures = {path.name for path in (ROOT / "examples" / "pictures").iterdir()}
+    assert pictures == {path.name for path in links if path.suffix == ".png"}  # each is shown somewhere
+    examples = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert examples == {path.name for path in links if path.parent == Path("examples") and path.suffix == ".py"}
     slips = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
     assert len(slips) > 15
     missing = [

@@ -75,7 +75,8 @@ def choose(name: str, options: TrainOptions) -> tuple[TrainOptions, DataSet]:
     """
     spec = _absolute(options.data)
     counts = options.likelihood in LIKELIHOODS and LIKELIHOODS[options.likelihood].scaling == "counts"
-    levels, kind = _levels_and_kind(spec, "counts" if counts and options.scaling is None else options.scaling)
+    stated = "counts" if counts and options.scaling is None else options.scaling
+    levels, kind = _levels_and_kind(spec, stated, options.columns)
     likelihood = options.likelihood or _likelihood_of_system(name, levels) or _likelihood(spec, levels, kind)
     if kind == "text" and likelihood != "categorical":
         raise ConfigError(
@@ -90,7 +91,13 @@ def choose(name: str, options: TrainOptions) -> tuple[TrainOptions, DataSet]:
     scaling = options.scaling or _scaling(spec, likelihood, levels)
     mnist = spec.startswith("mnist:")
     binarization = options.binarization or ("dynamic" if mnist and likelihood == "bernoulli" else "none")
-    data = load_data(spec, scaling=scaling, binarization=binarization, test_fraction=options.test_fraction)
+    data = load_data(
+        spec,
+        scaling=scaling,
+        binarization=binarization,
+        test_fraction=options.test_fraction,
+        columns=options.columns,
+    )
     known = choices_of(name)
     latent_dim = options.latent_dim
     if "latent_dim" in known and latent_dim is None and "latent_dim" not in options.pair:
@@ -153,12 +160,12 @@ def _absolute(spec: str) -> str:
     return f"{reader}:{Path(place).expanduser().absolute()}" if sign and place else spec
 
 
-def _levels_and_kind(spec: str, scaling: str | None) -> tuple[int | None, str]:
+def _levels_and_kind(spec: str, scaling: str | None, columns: tuple[str, ...] | None = None) -> tuple[int | None, str]:
     """The number of levels (None: continuous) and the kind of data, from the list of data or from the file."""
     rows = {row["spec"].partition(":")[:2]: row for row in list_data()}
     row = rows.get(spec.partition(":")[:2])
     if row is None or row["kind"] in (None, "text") or spec.startswith("csv:"):
-        data = load_data(spec, scaling=scaling)  # of what is no data, this says so
+        data = load_data(spec, scaling=scaling, columns=columns)  # of what is no data, this says so
         return data.levels, data.kind
     return row["levels"], row["kind"]
 

@@ -191,8 +191,8 @@ def posterior(
     Prints the head of ArviZ's summary. Read the file with inference.load_posterior, or with xarray.open_datatree.
     """
     from inference.commands.choices import seeded
-    from inference.commands.opening import check_draws, open_run
-    from inference.posterior import GROUPS, plot_posterior, save_posterior, summary, to_datatree
+    from inference.commands.opening import check_draws, open_run, units_of
+    from inference.posterior import GROUPS, first_scalars, plot_posterior, save_posterior, summary, to_datatree
 
     out = run / "posterior.nc" if out is None else out
     check_suffix(out, ".nc")
@@ -204,8 +204,12 @@ def posterior(
         if path is not None:
             check_new(path, force=force)
     dims = {opened.pair.data_site: ["row", "column"]} if len(opened.pair.data_shape) == 2 else None
+    coords = None
+    if opened.data.columns is not None:
+        dims, coords = {opened.pair.data_site: ["column"]}, {"column": list(opened.data.columns)}
     with seeded(seed):
-        tree = to_datatree(opened.pair, opened.x, num_samples=num_samples, dims=dims)
+        tree = to_datatree(opened.pair, opened.x, num_samples=num_samples, coords=coords, dims=dims)
+    tree.attrs |= units_of(opened.data)
     save_posterior(tree, out, overwrite=force)
     sites = [site for site in opened.pair.latent_sites if site in tree["posterior"].data_vars]
     first = summary(tree, var_names=sites, coords={"data": [0]})
@@ -218,7 +222,7 @@ def posterior(
     if figure is not None:
         from inference.views.figures import save_figure
 
-        forest = plot_posterior(tree, var_names=sites, coords={"data": [0, 1][: len(opened.x)]})
+        forest = plot_posterior(tree, var_names=sites, coords=first_scalars(tree, sites))
         save_figure(forest, figure, overwrite=force)
         print(f"wrote {figure}")
 
@@ -270,7 +274,13 @@ def report(
     opened = open_run(run, data, num_data)
     with seeded(seed):
         written = write_report(
-            opened.run, opened.x, opened.labels, words=opened.words, num_particles=particles, overwrite=force
+            opened.run,
+            opened.x,
+            opened.labels,
+            label_names=opened.data.label_names,
+            words=opened.words,
+            num_particles=particles,
+            overwrite=force,
         )
     print("\n".join(f"wrote {path}" for path in written))
 

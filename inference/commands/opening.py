@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Opened:
     x: Tensor
     labels: Tensor | None
     words: str
+    data: DataSet
 
     @property
     def pair(self) -> ModelGuidePair:
@@ -70,7 +72,7 @@ def open_run(folder: Path, spec: str | None = None, num_data: int | None = None)
     words = f"{total if count == total else f'the first {count} of {total}'} {part}data of {data.name}"
     if data.standardization is not None:
         words += f", standardised ({offset_in_words(data.standardization)})"
-    return Opened(run, folder, x, None if labels is None else labels[:count], words)
+    return Opened(run, folder, x, None if labels is None else labels[:count], words, data)
 
 
 def offset_in_words(standardization: Standardization) -> str:
@@ -114,6 +116,7 @@ def _data(run: Run, spec: str | None) -> DataSet:
             scaling=stated["scaling"],
             binarization=stated["binarization"],
             alphabet=stated.get("alphabet"),
+            columns=stated.get("columns") if spec.startswith("csv:") else None,
             standardization=run.standardization,
         )
     data = run.data()
@@ -123,3 +126,21 @@ def _data(run: Run, spec: str | None) -> DataSet:
             "back, or say with --data what to look at"
         )
     return data
+
+
+def units_of(data: DataSet) -> dict[str, Any]:
+    """What the numbers of a file of draws are, as attributes for it.
+
+    Example:
+        >>> from inference.training.datasets import load_data
+        >>> units_of(load_data("digits", scaling="symmetric"))
+        {'scaling': 'symmetric', 'levels': 17}
+    """
+    found: dict[str, Any] = {"scaling": data.scaling}
+    if data.levels is not None:
+        found["levels"] = data.levels
+    if data.standardization is not None:
+        found["center"] = data.standardization.center.flatten().numpy()
+        found["spread"] = data.standardization.spread.flatten().numpy()
+        found["data_units"] = "standardised: value * spread + center, entry by entry, is in the data's own units"
+    return found

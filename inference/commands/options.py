@@ -42,6 +42,9 @@ class TrainOptions(TrainConfig):
     test_fraction: float | None = Field(
         None, gt=0, lt=1, description="part of the data to hold out, where they have no held-out part"
     )
+    columns: tuple[str, ...] | None = Field(
+        None, description="of a table, the columns to model, by name; the others are left out"
+    )
     binarization: Literal["none", "dynamic", "fixed"] | None = Field(
         None, description="grey values read as probabilities of 0 or 1: drawn anew at each use, or once"
     )
@@ -53,11 +56,11 @@ class TrainOptions(TrainConfig):
     start_from: str | None = Field(None, description="a RUN of the same pair, whose weights to begin with")
     pair: dict[str, Any] = Field(default_factory=dict, description="the system's other choices, by name")
 
-    @field_validator("hidden", mode="before")
+    @field_validator("hidden", "columns", mode="before")
     @classmethod
     def _split_at_commas(cls, value: Any) -> Any:
         value = [value] if isinstance(value, int) else value
-        return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     @field_validator("hidden")
     @classmethod

@@ -66,6 +66,7 @@ def train(
         str | None, _option("binarization", "NAME", PAIR, default="none; dynamic for mnist under bernoulli")
     ] = None,
     test_fraction: Annotated[float | None, _option("test_fraction", "PART", RUN)] = None,
+    columns: Annotated[str | None, _option("columns", "A,B,...", RUN, default="all")] = None,
     latent_dim: Annotated[int | None, _option("latent_dim", "D", PAIR, default="16 for images, 2 for points")] = None,
     hidden: Annotated[str | None, _option("hidden", "W1,W2,...", PAIR, default="the system's: 200,200 or 256")] = None,
     activation: Annotated[str | None, _option("activation", "NAME", PAIR, default="tanh")] = None,
@@ -113,6 +114,7 @@ def train(
         "data": data,
         "likelihood": likelihood,
         "scaling": scaling,
+        "columns": columns,
         "binarization": binarization,
         "test_fraction": test_fraction,
         "start_from": start_from,

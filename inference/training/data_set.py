@@ -21,7 +21,7 @@ from inference.training.standardizing import Standardization
 KINDS = ("image", "point", "text")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DataSet:
     """Training and held-out data with the statement of what their numbers are.
 
@@ -37,6 +37,8 @@ class DataSet:
         kind: one of `KINDS`.
         split: how the held-out part came about, in words.
         alphabet: of text, the character of each class in one string; None for all else.
+        columns: of a table, the name of each entry of a datum; None for all else.
+        label_names: what each label stands for, by its number; None where the number says it.
         standardization: with scaling "standard", what was done to the values; :func:`as_dataset` makes it.
         test_fraction: what part was held out by a permutation, where that was asked for.
         spec: what :func:`load_data` reads again to the same data; None where nothing does.
@@ -56,6 +58,8 @@ class DataSet:
     kind: str = "point"
     split: str = "as given"
     alphabet: str | None = None
+    columns: tuple[str, ...] | None = None
+    label_names: tuple[str, ...] | None = None
     standardization: Standardization | None = None
     test_fraction: float | None = None
     spec: str | None = None
@@ -96,6 +100,11 @@ class DataSet:
             if labels is not None:
                 _check_labels(labels, f"{name}_labels", 0 if x is None else num_items(x))
 
+    def __repr__(self) -> str:
+        """What the data are, without their numbers."""
+        stated = ", ".join(f"{key}={value!r}" for key, value in self.describe().items() if value is not None)
+        return f"DataSet({stated})"
+
     @property
     def data_shape(self) -> torch.Size:
         """The shape of one datum."""
@@ -134,6 +143,8 @@ class DataSet:
             "binarization": self.binarization,
             "labels": self.train_labels is not None,
             **({} if self.alphabet is None else {"alphabet": self.alphabet}),
+            **({} if self.columns is None else {"columns": list(self.columns)}),
+            **({} if self.label_names is None else {"label_names": list(self.label_names)}),
             **({} if self.test_fraction is None else {"test_fraction": self.test_fraction}),
             **({} if self.standardization is None else {"standardization": self.standardization.describe()}),
         }

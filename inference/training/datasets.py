@@ -4,7 +4,7 @@ Shapes are [N, *data_shape]. Scaling and binarisation (see `scaling`) are part o
 stated, kept in the data set, recorded in a run by `describe`, and never guessed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ def load_data(
     alphabet: str | None = None,
     test_fraction: float | None = None,
     standardization: Standardization | None = None,
+    columns: Sequence[str] | None = None,
 ) -> DataSet:
     """Data by name.
 
@@ -84,6 +85,7 @@ def load_data(
         test_fraction: of the data to hold out by a permutation with seed 0, in (0, 1), of data that have no held-out part.
         standardization: whose statistics are meant, with scaling "standard" only, for data beside those that a model was
             trained on; None: the training part's own.
+        columns: which columns are the entries of a datum, and in which order, for "csv:FILE" only; None: all of them.
 
     Returns:
         DataSet with floating point data in torch's default dtype (int64 for "classes").
@@ -99,13 +101,15 @@ def load_data(
     readers: dict[str, Callable[[Path], Source]] = {
         "mnist": read_mnist,
         "npz": read_npz,
-        "csv": read_csv,
+        "csv": lambda file: read_csv(file, columns),
         "images": lambda folder: read_images(folder, image_size),
         "text": lambda file: read_text(file, alphabet),
         "hf": lambda place: read_hugging_face(str(place)),
     }
     if image_size is not None and reader != "images":
         raise DataError(f"image_size: expected only with images:FOLDER, got it with {spec!r}; leave it out")
+    if columns is not None and reader != "csv":
+        raise DataError(f"columns: expected only with csv:FILE, got them with {spec!r}; leave them out")
     if alphabet is not None and reader != "text":
         raise DataError(f"alphabet: expected only with text:FILE, got it with {spec!r}; leave it out")
     if spec == "digits":
@@ -264,7 +268,7 @@ def _state(
     if (standardization is not None) > (stated == "standard"):
         raise DataError(f"standardization: expected only with scaling 'standard', got it with {stated!r}; leave it out")
     if stated == "standard" and standardization is None:
-        standardization = Standardization.of(_continuous(source.train, "train", source.levels))
+        standardization = Standardization.of(_continuous(source.train, "train", source.levels), source.columns)
 
     def part(x: Tensor | Dataset, name: str) -> Tensor | Dataset:
         if standardization is not None:
@@ -298,6 +302,8 @@ def _state(
         kind="text" if source.alphabet is not None else "image" if dims >= 2 else "point",
         split=source.split,
         alphabet=source.alphabet,
+        columns=source.columns,
+        label_names=source.label_names,
         standardization=standardization,
         test_fraction=test_fraction,
     )

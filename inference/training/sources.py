@@ -48,6 +48,8 @@ class Source:
     alphabet: str | None = None  # of text: the character of each class
     levels_assumed: bool = False
     levels_stated: bool = True  # False: by the values, so that scaling "standard" may take them for continuous
+    columns: tuple[str, ...] | None = None  # of a table, in the order of the entries of a datum
+    label_names: tuple[str, ...] | None = None  # of a table: what each number among the labels stands for
     is_wide: bool = False  # floats are in float64 still, whatever torch's default dtype
 
 

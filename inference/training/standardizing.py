@@ -11,7 +11,7 @@ data looked at with that run, are standardised by the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,8 @@ class Standardization:
     spread: Tensor
 
     @classmethod
-    def of(cls, train: Tensor) -> Standardization:
-        """The training data's own, ``[N, *data_shape]``, N >= 2.
+    def of(cls, train: Tensor, names: Sequence[str] | None = None) -> Standardization:
+        """The training data's own, ``[N, *data_shape]``, N >= 2; ``names`` are those of columns, for messages.
 
         Raises:
             DataError: a dimension that does not vary, by its index.
@@ -61,9 +61,13 @@ class Standardization:
         flat = ((x.amax(0) == x.amin(0)) | (spread < _SMALLEST)).nonzero()
         if len(flat):
             place = f" in dimension {[int(i) for i in flat[0]]}" if flat.shape[1] else ""
+            out = f"leave {'it' if len(flat) == 1 else f'these {len(flat)} dimensions'} out"
+            if names is not None:
+                constant = ", ".join(repr(names[int(i)]) for i in flat[:8, 0]) + (", ..." if len(flat) > 8 else "")
+                place = f" in column{'s' if len(flat) > 1 else ''} {constant}"
+                out = "name the others with columns (--columns)"
             raise DataError(
-                f"train: expected values that vary with scaling 'standard', got the same in all {len(x)} data{place}; leave "
-                f"{'it' if len(flat) == 1 else f'these {len(flat)} dimensions'} out"
+                f"train: expected values that vary with scaling 'standard', got the same in all {len(x)} data{place}; {out}"
             )
         return cls(center.cpu(), spread.cpu())
 

@@ -3,6 +3,8 @@
     csv:FILE            every column is a dimension
     csv:FILE@COLUMN     as before, but COLUMN holds each row's label: any words, numbered in sorted order
 
+Of the other columns some can be chosen by name, in an order of one's own.
+
 The first line names the columns; commas, semicolons or tabs stand between them. Zeros and ones throughout are binary data of
 two levels; everything else, whole numbers included, is continuous, for a table cannot say how many levels there are.
 
@@ -16,6 +18,7 @@ import csv
 import io
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,38 +29,63 @@ from inference.training.scaling import DataError
 from inference.training.sources import Source
 
 
-def read_csv(place: Path) -> Source:
+def read_csv(place: Path, columns: Sequence[str] | None = None) -> Source:
     """A CSV file as data ``[N, columns]``.
 
     Args:
         place: FILE, or FILE@COLUMN.
+        columns: which columns are dimensions, in this order; None: all but the labels, as they stand.
 
     Returns:
         Source of floats, or of uint8 zeros and ones with 2 levels; with labels if a column of them is named.
 
     Raises:
         DataError: no such file or column, no rows, names that are missing or repeat, a row of another length, a cell that is
-            empty or no finite number.
+            empty or no finite number, a row without its label.
     """
     path, label = _path_and_label(str(place))
     names, rows = _read(path)
+    label_names: tuple[str, ...] | None = None
     labels: Tensor | None = None
     if label is not None:
-        if label not in names:
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise DataError(f"{path}: expected a column {label!r} of labels, found {shown}; correct the name")
-        at = names.index(label)
-        labels = torch.from_numpy(np.unique([row.pop(at) for row in rows], return_inverse=True)[1]).long()
-        names.pop(at)
-    if not names:
+        column = [row[_place(label, names, path, "of labels")] for row in rows]
+        if "" in column:
+            raise DataError(
+                f"{path}: column {label!r}, row {column.index('') + 1}: expected a label, got nothing; fill it in"
+            )
+        words, numbers = np.unique(column, return_inverse=True)
+        labels, label_names = torch.from_numpy(numbers).long(), tuple(map(str, words))
+    kept = [name for name in names if name != label] if columns is None else list(columns)
+    if label in kept or len(set(kept)) < len(kept):
+        raise DataError(
+            f"{path}: expected columns named once and apart from the labels, got {', '.join(kept)}; correct them"
+        )
+    if not kept:
         raise DataError(f"{path}: expected columns of numbers beside the labels, found none; add some")
-    values = np.array([[_number(cell, path, names[j], i) for j, cell in enumerate(row)] for i, row in enumerate(rows)])
+    places = [_place(name, names, path, "of numbers") for name in kept]
+    values = np.array([[_number(row[j], path, names[j], i) for j in places] for i, row in enumerate(rows)])
     binary = bool(((values == 0) | (values == 1)).all())
     train = torch.from_numpy(values.astype(np.uint8) if binary else values)
     levels = 2 if binary else None
     return Source(
-        f"csv:{place}", train, None, levels, "as in the file", labels, levels_stated=False, is_wide=not binary
+        f"csv:{place}",
+        train,
+        None,
+        levels,
+        "as in the file",
+        labels,
+        levels_stated=False,
+        columns=tuple(kept),
+        label_names=label_names,
+        is_wide=not binary,
     )
+
+
+def _place(name: str, names: list[str], path: Path, what: str) -> int:
+    if name not in names:
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise DataError(f"{path}: expected a column {name!r} {what}, found {shown}; correct the name")
+    return names.index(name)
 
 
 def _path_and_label(place: str) -> tuple[Path, str | None]:
@@ -110,7 +138,8 @@ def _number(cell: str, path: Path, name: str, row: int) -> float:
     if not math.isfinite(number):
         got = repr(cell[:40]) if cell else "nothing"
         raise DataError(
-            f"{path}: column {name!r}, row {row + 1}: expected a finite number, got {got}; repair or drop the row, leave the "
-            f"column out, or name it as the rows' labels with csv:{path.name}@{name}"
+            f"{path}: column {name!r}, row {row + 1}: expected a finite number, got {got}; "
+            + ("write it with a decimal point, " if re.fullmatch(r"-?\d+,\d+", cell) else "repair or drop the row, ")
+            + f"leave the column out (columns, --columns), or name it as the rows' labels with csv:{path.name}@{name}"
         )
     return number

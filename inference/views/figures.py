@@ -219,6 +219,11 @@ def _draw_levels(axes: Axes) -> None:
     axes.set(xlim=(left, right), ylim=(bottom, top))
 
 
+def _label_name(data: LatentMap, label: float) -> str:
+    names = data.label_names
+    return f"{label:g}" if names is None else names[int(label)]
+
+
 def draw_latent_map(data: LatentMap) -> Figure:
     """Guide means in the latent plane; up to ten labels by colour and marker, more by a colour scale."""
     with style():
@@ -230,7 +235,7 @@ def draw_latent_map(data: LatentMap) -> Figure:
         elif len(classes) <= len(CLASS_COLOURS):
             for i, label in enumerate(classes):
                 mark = {"color": CLASS_COLOURS[i], "marker": CLASS_MARKERS[i], "s": 14, "alpha": 0.85}
-                draw_points(axes, data.coordinates[data.labels == label], **mark, label=f"{label:g}")
+                draw_points(axes, data.coordinates[data.labels == label], **mark, label=_label_name(data, label))
             axes.legend(title="label", loc="center left", bbox_to_anchor=(1.01, 0.5), markerscale=1.6)
         else:
             shown = draw_points(axes, data.coordinates, c=data.labels, cmap="viridis")

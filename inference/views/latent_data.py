@@ -7,6 +7,7 @@ them, Var_x(E_q[z_i | x]).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,7 @@ class LatentMap:
     coordinates: Array
     labels: NDArray[Any] | None
     axes: tuple[str, str]
+    label_names: tuple[str, ...] | None = None
 
 
 def traversal(
@@ -118,7 +120,14 @@ def traversal(
     )
 
 
-def latent_map(pair: ModelGuidePair, x: Tensor, labels: Tensor | None = None, *, site: str | None = None) -> LatentMap:
+def latent_map(
+    pair: ModelGuidePair,
+    x: Tensor,
+    labels: Tensor | None = None,
+    *,
+    site: str | None = None,
+    label_names: Sequence[str] | None = None,
+) -> LatentMap:
     """E_q[z | x] of each datum, on the two most active dimensions of z; on its one against the row number.
 
     Args:
@@ -126,6 +135,7 @@ def latent_map(pair: ModelGuidePair, x: Tensor, labels: Tensor | None = None, *,
         x: data ``[N, *data_shape]``.
         labels: what colours each datum, ``[N]``.
         site: the latent site; the top of the chain by default.
+        label_names: what each label stands for, by its number.
 
     Raises:
         ValueError: an unknown site, or not as many labels as data.
@@ -141,7 +151,10 @@ def latent_map(pair: ModelGuidePair, x: Tensor, labels: Tensor | None = None, *,
     if means.shape[1] > 2:
         names = [f"{n}, activity {active[i]:.2f}" for n, i in zip(names, order, strict=True)]
     first, second = names if len(names) == 2 else (names[0], "row of the data")
-    return LatentMap(site, plane(to_array(means)), None if labels is None else labels.cpu().numpy(), (first, second))
+    numbers = None if labels is None else labels.cpu().numpy()
+    return LatentMap(
+        site, plane(to_array(means)), numbers, (first, second), None if label_names is None else tuple(label_names)
+    )
 
 
 def _latent_site(pair: ModelGuidePair, site: str | None) -> str:

@@ -12,7 +12,7 @@ carries a date, so equal runs give equal bytes.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,7 @@ def write_report(
     x: Tensor,
     labels: Tensor | None = None,
     *,
+    label_names: Sequence[str] | None = None,
     words: str = "",
     num_particles: int | None = None,
     overwrite: bool = False,
@@ -105,6 +106,7 @@ def write_report(
         run: from :func:`inference.fit` or :func:`inference.load_run`, with a folder.
         x: the data to show and to compute the bound on, ``[N, *data_shape]``; held-out data, if there are any.
         labels: what colours the latent map, ``[N]``.
+        label_names: what each label stands for, by its number; None shows the numbers.
         words: what ``x`` is, for the reader.
         num_particles: draws per datum for the bound; None: see :func:`inference.views.bounds.decompose`, 200 by default.
         overwrite: whether files of these names may be replaced.
@@ -128,7 +130,7 @@ def write_report(
                 f"expected to write a new {path}, but it exists: replace it with --force (overwrite=True)"
             )
     d = decompose(run.pair, x, num_particles, default=PARTICLES)
-    pictures = make_pictures(run, x, labels, d)
+    pictures = make_pictures(run, x, labels, d, label_names)
     content = report_html(run, x, d, pictures, words or f"{len(x)} data").encode()
     make_folder(figures)
     written = [page]
@@ -140,7 +142,9 @@ def write_report(
     return written
 
 
-def make_pictures(run: Run, x: Tensor, labels: Tensor | None, d: Decomposition) -> dict[str, Picture]:
+def make_pictures(
+    run: Run, x: Tensor, labels: Tensor | None, d: Decomposition, label_names: Sequence[str] | None = None
+) -> dict[str, Picture]:
     """All pictures of a run by file name; one that is not defined for this pair or these data says why instead."""
     from inference.views.figures import figure_bytes
 
@@ -148,7 +152,7 @@ def make_pictures(run: Run, x: Tensor, labels: Tensor | None, d: Decomposition) 
     with Progress("drawing pictures", len(entries), unit="pictures") as progress:
         for file, (title, caption, draw) in entries.items():
             try:
-                drawn = draw(Shown(run, x, labels, d, shown_range(run.config["data"], x)))
+                drawn = draw(Shown(run, x, labels, label_names, d, shown_range(run.config["data"], x)))
                 content = drawn if isinstance(drawn, bytes) else figure_bytes(drawn, Path(file).suffix)
                 pictures[file] = Picture(file, title, caption, content)
             except (ValueError, GraphvizError) as error:  # a view that does not apply: said on the page

@@ -12,7 +12,7 @@ The one constraint: pictures depend on the run, the data and torch's random stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,7 @@ class Shown:
     run: Run
     x: Tensor
     labels: Tensor | None
+    label_names: Sequence[str] | None
     d: Decomposition
     value_range: Range | None
 
@@ -111,13 +112,11 @@ def _learning_curve(shown: Shown) -> Figure:
 
 
 def _posterior(shown: Shown) -> Figure:
-    from inference.posterior import plot_posterior, to_datatree
+    from inference.posterior import first_scalars, plot_posterior, to_datatree
 
     pair = shown.run.pair
     tree = to_datatree(pair, shown.x[:NUM_POSTERIOR_DATA], num_samples=NUM_POSTERIOR_DRAWS, groups=("posterior",))
-    scalars = sum(tree["posterior"][site].isel(sample=0).size for site in pair.latent_sites)
-    rows = [0, 1] if scalars <= MAX_SCALARS else [0]  # of several layers, one datum is all that fits
-    return plot_posterior(tree, var_names=pair.latent_sites, coords={"data": rows[: len(shown.x)]})
+    return plot_posterior(tree, var_names=pair.latent_sites, coords=first_scalars(tree, pair.latent_sites))
 
 
 def _bound_terms(shown: Shown) -> Figure:
@@ -149,7 +148,7 @@ def _traversal(shown: Shown) -> Figure:
 def _latent_map(shown: Shown) -> Figure:
     from inference.views.figures import draw_latent_map
 
-    return draw_latent_map(latent_map(shown.run.pair, shown.x, shown.labels))
+    return draw_latent_map(latent_map(shown.run.pair, shown.x, shown.labels, label_names=shown.label_names))
 
 
 def _graph(shown: Shown) -> bytes:
