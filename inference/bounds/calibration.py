@@ -82,7 +82,8 @@ class Calibration(Printed):
             for name, c, p in zip(self.names, self.chi_square, self.p_value, strict=True)
         ]
         text = text_table(["quantity", f"chi2({self.num_bins - 1})", "p", "uniform ranks?"], rows)
-        return f"{text}\n{self.words()}"
+        said = f"{len(wrong)} of {len(rows)} quantities rejected: p below {LEVEL / len(rows):.2g}, {LEVEL:g} for all together"
+        return f"{text}\n{said}\n{self.words()}"
 
     def _diagnosis(self, name: str) -> str:
         """What the shape of the histogram says: the z-scores of the ranks' mean and spread against uniform ones."""

@@ -105,7 +105,7 @@ class Evidence(Printed):
                 f"{self.num_bad_k_hat} of {size} data have k-hat above {BAD_K_HAT}: there the bound may be loose and its "
                 "standard error too small; use a wider or better guide, or annealed importance sampling"
             )
-        wide = int(((self.std_error > LARGEST_ERROR) & ~(self.k_hat > BAD_K_HAT)).sum())
+        wide = int((self.std_error > LARGEST_ERROR).sum())
         if wide:
             found.append(
                 f"{wide} of {size} data have standard errors above {LARGEST_ERROR} nats: a few draws outweigh the others, and "
@@ -135,11 +135,15 @@ class Evidence(Printed):
         order = flat[1].argsort(descending=True, stable=True)[:ROWS] if count > ROWS else torch.arange(count)
         mean = [_number(self.log_evidence.mean()), f"{self.mean_std_error:.4f}", _number(self.elbo.mean())]
         median = [f"{float(self.ess.median()):.1f}", f"{float(self.k_hat.median()):.2f}"]
-        rows = [["mean", *mean, *median, "SE: of the draws, at these data; ess, k-hat: median"]]
+        what = "SE: of the draws, at these data; ess, k-hat: median"
+        if 2 * int(self.doubtful.sum()) > count:
+            what = "SE: not to be relied on, most data are doubtful; ess, k-hat: median"
+        rows = [["mean", *mean, *median, what]]
         for i in order.tolist() if self.plates else []:
             log_evidence, std_error, elbo, ess, k_hat = (float(t[i]) for t in flat)
             index = ", ".join(str(int(j)) for j in torch.unravel_index(torch.tensor(i), self.log_evidence.shape))
-            verdict = "bad k-hat" if k_hat > BAD_K_HAT else "not known" if math.isnan(k_hat) else "good"
+            good = "large error" if std_error > LARGEST_ERROR else "good"
+            verdict = "bad k-hat" if k_hat > BAD_K_HAT else "not known" if math.isnan(k_hat) else good
             verdict = "narrow guide" if self.missed_by_guide else verdict
             rows.append(
                 [index, f"{log_evidence:.4f}", f"{std_error:.4f}", f"{elbo:.4f}", f"{ess:.1f}", f"{k_hat:.2f}", verdict]

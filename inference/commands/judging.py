@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inference.commands.looking import Force, RunFolder, Seed, Spec
-from inference.commands.writing import check_new, check_suffix, keep_record
+from inference.commands.writing import check_new, check_suffix, keep_record, write_rows
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from inference.bounds.diffusion import DiffusionDecomposition
     from inference.bounds.evidence import Evidence
     from inference.bounds.gaps import InferenceGap
+    from inference.commands.opening import Opened
 
 PICTURES = (".png", ".svg", ".pdf")
 FEW_STEPS = 5  # of a diffusion, up to which whole chains are weighted
@@ -48,6 +51,10 @@ def evidence(
         Path | None,
         typer.Option(metavar="FILE.png", help="also draw the ladder of bounds, on data simulated from the model"),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="also write each datum's numbers, a row each in the data's order"),
+    ] = None,
     ladder_data: Annotated[int, typer.Option(metavar="N", min=2, help="how many data to simulate for the ladder")] = 50,
     data: Spec = None,
     seed: Seed = 0,
@@ -60,19 +67,18 @@ def evidence(
     sides. Where the latents can be summed over, log p(x) is also exact; of a diffusion of many steps it is the ELBO, a lower
     bound, and said to be one.
     """
-    import torch
-
     from inference.bounds.diffusion import decompose_diffusion
-    from inference.bounds.importance import log_evidence
     from inference.commands.choices import seeded
     from inference.commands.opening import open_run
     from inference.views.bounds import PARTICLES_A_TERM, has_point_guide
     from ppl_models.diffusion import Diffusion
-    from ppl_models.discrete_vae import CategoricalVAE
 
     if ladder is not None:
         check_suffix(ladder, *PICTURES)
         check_new(ladder, force=force)
+    if out is not None:
+        check_suffix(out, ".csv")
+        check_new(out, force=force)
     opened = open_run(run, data, num_data)
     pair, x = opened.pair, opened.x
     if not pair.bounds_evidence:
@@ -92,7 +98,40 @@ def evidence(
             )
         d = decompose_diffusion(pair, x, particles or PARTICLES_A_TERM, seed=seed)
         _bound(d, opened.words, seed, run / "evidence.json", force=force)
-        return
+        numbers = {name: getattr(d, name) for name in ("elbo", "std_error", "rate", "distortion")}
+    else:
+        numbers = _weighted(opened, run, particles, se, gaps, gap_steps, seed, force=force)
+    if out is not None:
+        columns: dict[str, list[Any]] = {name: values.tolist() for name, values in numbers.items()}
+        names = opened.data.label_names
+        if opened.labels is not None:
+            labels = opened.labels.tolist()
+            columns["label"] = labels if names is None else [names[i] for i in labels]
+        print(write_rows(out, columns))
+    if ladder is not None:
+        with seeded(seed):
+            _ladder(pair, ladder_data, ladder, force=force)
+
+
+def _weighted(
+    opened: Opened,
+    run: Path,
+    particles: int | None,
+    se: float | None,
+    gaps: bool,
+    gap_steps: int | None,
+    seed: int,
+    *,
+    force: bool,
+) -> dict[str, Tensor]:
+    """Prints and keeps the evidence by importance weights; each datum's numbers."""
+    import torch
+
+    from inference.bounds.importance import log_evidence
+    from inference.commands.choices import seeded
+    from ppl_models.discrete_vae import CategoricalVAE
+
+    pair, x = opened.pair, opened.x
     with seeded(seed):
         estimate = log_evidence(pair.model, pair.guide, x, num_particles=particles or 5000, target_std_error=se)
         print(f"{opened.words}\n{estimate.table()}")
@@ -110,8 +149,8 @@ def evidence(
             gap = inference_gap(pair, x, max_steps=gap_steps)
             print(f"\n{gap.table()}")
             print(keep_record(run / "evidence.json", record | {"gaps": gap_record(gap)}, force=True))
-        if ladder is not None:
-            _ladder(pair, ladder_data, ladder, force=force)
+    columns = ("log_evidence", "std_error", "elbo", "ess", "k_hat", "doubtful", "bits_per_dim")
+    return {name: getattr(estimate, name) for name in columns}
 
 
 def calibrate(

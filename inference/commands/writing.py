@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,24 @@ def keep_record(path: Path, record: dict[str, Any], *, force: bool) -> str:
         return f"{path} holds figures of another call and was left as it is; --force replaces it"
     write_json(path, record)
     return f"wrote {path}"
+
+
+def write_rows(path: Path, columns: Mapping[str, Sequence[float | bool | str]]) -> str:
+    """Writes what is known of each datum as CSV, a row each, numbered from 0; what was written, in words.
+
+    Args:
+        path: checked by :func:`check_new` before.
+        columns: values by datum, of one length each, by name.
+    """
+    import csv
+    import io
+
+    from inference.training.storage import write_atomic
+
+    text = io.StringIO()
+    rows = list(zip(*columns.values(), strict=True))
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["datum", *columns])
+    table.writerows([i, *(int(cell) if isinstance(cell, bool) else cell for cell in row)] for i, row in enumerate(rows))
+    write_atomic(path, text.getvalue().encode())
+    return f"wrote {len(rows)} rows to {path}"

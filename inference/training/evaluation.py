@@ -17,12 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from inference.bounds.particles import forked_rng
+from inference.bounds.sites import bare_law
 from inference.training.batches import iterate
 from inference.training.divergence import TrainingDiverged, first_bad_term
 from inference.training.items import first_entry
@@ -41,7 +43,8 @@ Reduce = Callable[[Tensor], Tensor]
 class Evaluation:
     """Means over data, in nats: ``elbo`` = -(``rate`` + ``distortion``).
 
-    ``std_error`` is that of ``elbo`` over data, infinite for a single datum. ``active_units`` counts latent dimensions of
+    ``std_error`` is that of ``elbo`` over data, infinite for a single datum. ``active_units`` counts latent dimensions (of
+    classes and of codes, whole latents) of
     the sites whose law has a mean. ``rates`` has the rate of each latent site of a hierarchy, in nats, and is empty of others.
     """
 
@@ -170,7 +173,10 @@ def bits_per_dim(elbo: float, data_shape: torch.Size) -> float:
 
 
 def guide_means(pair: ModelGuidePair, x: Tensor, sites: tuple[str, ...]) -> dict[str, Tensor]:
-    """E_q[u | x] of each latent site that has a mean, ``[B, d]`` in float64; given draws of what is above it."""
+    """E_q[u | x] of each latent site that has a mean, ``[B, d, k]`` in float64; given draws of what is above it.
+
+    A unit u has k numbers: one, or, for one-hot classes and for code vectors, a number for each class or coordinate.
+    """
     if not sites:
         return {}
     trace = poutine.trace(pair.guide).get_trace(x)
@@ -182,7 +188,9 @@ def guide_means(pair: ModelGuidePair, x: Tensor, sites: tuple[str, ...]) -> dict
         except NotImplementedError:
             continue
         data_dim = mean.dim() - len(law.event_shape) - 1  # the data plate is the last batch dim
-        means[site] = mean.movedim(data_dim, 0).reshape(len(x), -1).cpu().double()
+        whole = len(law.event_shape) == 2 and (law.support.is_discrete or isinstance(bare_law(law), dist.Delta))
+        numbers = law.event_shape[-1] if whole else 1
+        means[site] = mean.movedim(data_dim, 0).reshape(len(x), -1, numbers).cpu().double()
     return means
 
 
@@ -235,7 +243,7 @@ class _Units:
         for site in self.sites:
             if site in self.sums:
                 mean, square = reduce(self.sums[site]) / count
-                active += int((square - mean.square() > ACTIVE_VARIANCE).sum())
+                active += int((square - mean.square() > ACTIVE_VARIANCE).any(-1).sum())
         return active
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Standardization", "size_hint"]
 
 _SMALLEST = 1e-150  # whose square float64 still holds; what varies by less is taken for rounding
-LARGE = 1000.0  # a size, or a ratio of sizes, that a network's first layer is not made for
+LARGE = 30.0  # a ratio of spreads, and a value, beyond which networks of usual initial weights begin far off
 
 
 @dataclass(frozen=True, eq=False)

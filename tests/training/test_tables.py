@@ -124,3 +124,43 @@ def test_a_part_held_out_goes_with_its_labels(tmp_path):
             load_data(spec, test_fraction=wrong)
     with pytest.raises(DataError, match="digits has a held-out part"):
         load_data("digits", test_fraction=0.25)
+
+
+def test_columns_are_chosen_and_ordered_by_name_and_keep_their_names(tmp_path):
+    file = csv(tmp_path, "id,a,b,who\n7,1.5,10.25,x\n8,2.5,20.25,y\n9,3.5,30.25,x\n")
+    data = load_data(f"{file}@who", columns=["b", "a"])
+    assert data.train.tolist() == [[10.25, 1.5], [20.25, 2.5], [30.25, 3.5]]
+    assert data.columns == ("b", "a")
+    assert data.label_names == ("x", "y")
+    assert data.describe()["columns"] == ["b", "a"]
+    assert load_data(f"{file}@who").columns == ("id", "a", "b")
+    assert "tensor(" not in repr(data)
+    assert "columns=['b', 'a']" in repr(data)
+
+
+@pytest.mark.parametrize(
+    ("columns", "match"),
+    [
+        (["a", "c"], "expected a column 'c' of numbers, found id, a, b, who"),
+        (["a", "a"], "expected columns named once"),
+        (["a", "who"], "expected columns named once and apart from the labels"),
+        ([], "expected columns of numbers beside the labels, found none"),
+    ],
+)
+def test_columns_that_cannot_be_meant(tmp_path, columns, match):
+    file = csv(tmp_path, "id,a,b,who\n7,1.5,10.25,x\n8,2.5,20.25,y\n")
+    with pytest.raises(DataError, match=match):
+        load_data(f"{file}@who", columns=columns)
+
+
+def test_a_blank_label_a_decimal_comma_and_a_constant_column_are_named(tmp_path):
+    with pytest.raises(DataError, match="column 'who', row 2: expected a label, got nothing"):
+        load_data(csv(tmp_path, "a,who\n1.5,x\n2.5,\n") + "@who")
+    with pytest.raises(DataError, match="got '2,5'; write it with a decimal point"):
+        load_data(csv(tmp_path, "a;b\n1.5;1\n2,5;2\n"))
+    with pytest.raises(
+        DataError, match=r"the same in all 2 data in column 'b'; name the others with columns \(--columns\)"
+    ):
+        load_data(csv(tmp_path, "a,b\n1.5,1\n2.5,1\n"), scaling="standard")
+    with pytest.raises(DataError, match="columns: expected only with csv:FILE"):
+        load_data("digits", columns=["a"])
