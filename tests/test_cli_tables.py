@@ -2,6 +2,7 @@
 
 import csv
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -90,6 +91,19 @@ def test_draws_say_what_their_units_are(capsys, trained):
     own = load_run(trained).data().standardization
     np.testing.assert_allclose(tree.attrs["center"], own.center.numpy())
     np.testing.assert_allclose(tree.attrs["spread"], own.spread.numpy())
+
+
+def test_samples_are_drawn_beside_the_data_and_without_them_where_they_are_gone(capsys, table, trained, tmp_path):
+    assert "without" not in succeed(capsys, "sample", trained, "-n", 30, "--out", tmp_path / "a.png")
+    file = table / "t.csv"
+    text = file.read_text()
+    try:
+        file.write_text("a,b,c\n1,2,3\n4,5,7\n")
+        assert "without data beside them" in succeed(capsys, "sample", trained, "-n", 30, "--out", tmp_path / "c.png")
+    finally:
+        file.write_text(text)
+    widths = [matplotlib.image.imread(tmp_path / name).shape[1] for name in ("a.png", "c.png")]
+    assert widths[0] > 1.5 * widths[1]  # two panels and one
 
 
 def test_labels_are_words_in_the_map(capsys, trained):

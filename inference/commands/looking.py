@@ -159,6 +159,10 @@ def sample(
         from inference.views.figures import draw_samples, save_figure
         from inference.views.report import shown_range
 
+        if len(pair.data_shape) < 2:  # points mean little without the data's own beside them, and their axes
+            from inference.commands.sampling import with_data_beside
+
+            drawn = with_data_beside(drawn, run)
         save_figure(draw_samples(drawn, shown_range(stated, drawn.draws)), out, overwrite=force)
     print(f"wrote {num} samples to {out}: {drawn.law}")
     if film is not None:

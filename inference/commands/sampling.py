@@ -9,6 +9,7 @@ Draws depend on the seed alone.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from inference.commands.choices import seeded
 from inference.progress import Progress
 from inference.views import diffusion as views
 from inference.views.images import Range
-from inference.views.plot_data import Samples, samples, trajectory_samples
+from inference.views.plot_data import Samples, samples, to_array, trajectory_samples
 from inference.views.progressive import draw_progressive, progressive
 from ppl_models.ddpm import DDPM
 from ppl_models.diffusion import Diffusion
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAMPLES_AT_ONCE = 1024
+DATA_BESIDE = 1000
 Clip = tuple[float, float] | None
 
 
@@ -81,6 +83,23 @@ def draw(
     means = [chunk.means for chunk in chunks if chunk.means is not None]
     draws = np.concatenate([chunk.draws for chunk in chunks])
     return Samples(draws, np.concatenate(means) if means else None, law=chunks[0].law)
+
+
+def with_data_beside(drawn: Samples, folder: Path) -> Samples:
+    """The samples with the run's held-out data, if these can be read again; if not, a printed line says why.
+
+    Args:
+        drawn: the samples.
+        folder: the RUN folder.
+    """
+    from inference.commands.opening import open_run
+
+    try:
+        opened = open_run(folder, num_data=DATA_BESIDE)
+    except ValueError as error:
+        print(f"without data beside them: {error}")
+        return drawn
+    return replace(drawn, data=to_array(opened.x))
 
 
 def draw_film(
