@@ -20,6 +20,7 @@ from pyro import poutine
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from torch.distributions import TransformedDistribution
 from torch.overrides import TorchFunctionMode
 
 Parents = dict[str, frozenset[str]]
@@ -74,9 +75,19 @@ def _tagged_run(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         found: Parents = {}
         for name, site in trace.nodes.items():
             if site["type"] == "sample" and not site_is_subsample(site):
-                reached = get_provenance([site["fn"].log_prob(site["value"]), site["mask"], site["scale"]])
+                reached = _reached(site) | get_provenance([site["mask"], site["scale"]])
                 found[name] = frozenset(reached - {name}) | (tags.read_before[name] - {name})
     return found, tags
+
+
+def _reached(site: dict[str, Any]) -> frozenset[str]:
+    """The tags on a site's log-density; of a flow without an inverse, with a density at its own draw alone, those of a draw."""
+    try:
+        return get_provenance(site["fn"].log_prob(site["value"]))
+    except (KeyError, NotImplementedError):
+        if not isinstance(site["fn"], TransformedDistribution) or site["is_observed"]:
+            raise
+        return get_provenance(site["fn"].rsample())
 
 
 def descendants(of: str, links: Mapping[str, frozenset[str]]) -> frozenset[str]:

@@ -113,7 +113,11 @@ def python_noise_refused() -> Iterator[None]:
 
 @contextmanager
 def own_attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Raises NotTraceableError where a module inside has kept a traced tensor as an attribute, which is put back."""
+    """Raises NotTraceableError where a module inside has kept a traced tensor as an attribute, which is put back.
+
+    What a transform of a normalising flow keeps is its own cache of the draw that it made last: it is put back, and no reason
+    to refuse, for a graph makes each draw anew.
+    """
     before = [(m, {key: v for key, v in vars(m).items() if isinstance(v, Tensor)}) for m in module.modules()]
     names = []
     try:
@@ -121,7 +125,8 @@ def own_attributes_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for m, tensors in before:
             for key in [key for key, value in vars(m).items() if isinstance(value, FakeTensor)]:
-                names.append(f"{type(m).__name__}.{key}")
+                if not isinstance(m, torch.distributions.Transform):
+                    names.append(f"{type(m).__name__}.{key}")
                 if key in tensors:
                     vars(m)[key] = tensors[key]
                 else:
