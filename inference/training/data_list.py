@@ -50,6 +50,10 @@ def list_data() -> list[dict[str, Any]]:
         characters = row["kind"] == "text"
         of_levels = [name for name in SCALINGS if name not in ("standard", "counts")]
         known = of_levels if row["levels"] is not None else list(SCALINGS)
-        row["scaling"] = ["classes"] if characters else ["none", "standard", "counts"] if continuous else known
+        row["scaling"] = ["classes"] if characters else _of_points(row["spec"]) if continuous else known
         row["binarization"] = ["none"] if continuous or characters else list(BINARIZATIONS)
     return rows
+
+
+def _of_points(spec: str) -> list[str]:
+    return ["none", "standard"] if spec in TOY_DENSITIES else ["none", "standard", "counts"]

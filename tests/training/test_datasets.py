@@ -152,7 +152,7 @@ def test_unknown_names_are_refused_with_what_there_is() -> None:
         ):
             load_data(spec)
     with pytest.raises(
-        DataError, match="scaling: expected one of none, unit, symmetric, classes, standard, got 'tanh'"
+        DataError, match="scaling: expected one of none, unit, symmetric, classes, standard, counts, got 'tanh'"
     ):
         load_data("digits", scaling="tanh")
     with pytest.raises(DataError, match="binarization: expected one of none, dynamic, fixed, got 'often'"):

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from inference import ElboLoss, fit
+from inference import ElboLoss, EnumeratedLoss, fit
 from inference.training.divergence import TrainingDiverged
 from inference.training.evaluation import _Sums, bits_per_dim, evaluate, guide_means
 from inference.training.noise import noise_seed, seed_noise
 from inference.training.scaling import binarize
-from ppl_models import LinearGaussian
+from ppl_models import CategoricalVAE, LinearGaussian
+from ppl_models.likelihoods import Bernoulli
 from tests.oracles import gaussian
 from tests.training.training_pairs import (
     NanAtOnce,
@@ -79,7 +80,7 @@ def test_a_process_without_data_makes_the_same_calls() -> None:
 
         evaluate(loss, x[:1], 4, rank=rank, world=2, reduce=note)
     assert calls[0] == calls[1]
-    assert calls[0] == [torch.Size([4]), torch.Size([]), torch.Size([2, 2])]
+    assert calls[0] == [torch.Size([4]), torch.Size([]), torch.Size([2, 2, 1])]
 
 
 def test_the_error_of_nearly_equal_large_numbers_is_right() -> None:
@@ -121,7 +122,19 @@ def test_active_units_are_those_whose_mean_moves() -> None:
         assert evaluate(ElboLoss(pair), x, 8).active_units == 1
         pair.encoder.loc.weight[1, 1] = spread * 1.2
         assert evaluate(ElboLoss(pair), x, 8).active_units == 2
-    assert guide_means(Replicates(plated=True), points(5, 3), ("z",))["z"].shape == (5, 1)
+    assert guide_means(Replicates(plated=True), points(5, 3), ("z",))["z"].shape == (5, 1, 1)
+
+
+def test_classes_and_codes_are_counted_as_whole_latents() -> None:
+    """Two latents of three classes, of which one follows x, are one active unit and not three."""
+    pair = CategoricalVAE.preset((4,), Bernoulli(), num_latents=2, num_classes=3, hidden=(4,))
+    with torch.no_grad():
+        last = [module for module in pair.encoder.modules() if isinstance(module, torch.nn.Linear)][-1]
+        last.weight[3:] = 0.0  # the second latent's logits are the same for all x
+        last.weight[:3] *= 20
+        x = (torch.rand(40, 4) < 0.5).to(last.weight.dtype)
+        assert guide_means(pair, x, ("z",))["z"].shape == (40, 2, 3)
+        assert evaluate(EnumeratedLoss(pair), x, 8).active_units == 1
 
 
 def test_evaluating_leaves_modes_and_random_state_alone_and_drops_nothing_out() -> None:

@@ -10,6 +10,7 @@ FOUND = [Estimator("dear", 4, 1.0, 0.5, 3.0, 100), Estimator("cheap", 1, 1.02, 2
 def test_derived_numbers():
     dear, cheap = FOUND
     assert dear.std_error == pytest.approx(0.05)
+    assert dear.scatter_error == pytest.approx(0.5 / 198**0.5)
     assert dear.per_call == pytest.approx(1.0)
     assert dear.gradient_per_call == pytest.approx(6.0)
     assert (cheap.per_call, cheap.gradient_per_call) == (2.0, 1.0)
@@ -22,6 +23,7 @@ def test_table():
         "0.050",
         "4",
         "0.500",
+        "0.036",
         "1.000",
         "3.000",
         "6.000",
