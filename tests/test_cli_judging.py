@@ -113,3 +113,24 @@ def test_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
 def test_figures_depend_on_the_seed_alone(capsys, points):
     arguments = ("evidence", points, "--particles", 20, "--num-data", 3, "--seed", 1, "--force")
     assert call(capsys, *arguments)[1] == call(capsys, *arguments)[1]
+
+
+def test_large_errors_are_counted_wherever_they_are():
+    """Also beside a bad k-hat; and the error of a mean of which most parts are doubtful is said not to be relied on."""
+    from inference.bounds.evidence import Evidence
+
+    def of(std_error, k_hat):
+        four = torch.zeros(4)
+        return Evidence(
+            four, torch.tensor(std_error), four + 2.0, torch.tensor(k_hat), four - 1, four, 100, 2, ("data",), "note"
+        )
+
+    bad = of([0.9, 0.8, 0.7, 0.1], [0.9, 1.2, 0.3, 0.2])
+    assert "2 of 4 data have k-hat above 0.7" in bad.warnings[0]
+    assert "3 of 4 data have standard errors above 0.5 nats" in bad.warnings[1]
+    lines = bad.table().splitlines()
+    assert "not to be relied on" in lines[3]
+    assert [line.split()[-1] for line in lines[4:8]] == ["k-hat", "k-hat", "error", "good"]
+    good = of([0.1, 0.2, 0.1, 0.1], [0.3, 0.2, 0.3, 0.2])
+    assert not good.warnings
+    assert "of the draws, at these data" in good.table()

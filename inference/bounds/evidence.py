@@ -136,7 +136,7 @@ class Evidence(Printed):
         mean = [_number(self.log_evidence.mean()), f"{self.mean_std_error:.4f}", _number(self.elbo.mean())]
         median = [f"{float(self.ess.median()):.1f}", f"{float(self.k_hat.median()):.2f}"]
         what = "SE: of the draws, at these data; ess, k-hat: median"
-        if 2 * int(self.doubtful.sum()) > count:
+        if 2 * int(self.doubtful.sum()) > count and math.isfinite(self.mean_std_error):
             what = "SE: not to be relied on, most data are doubtful; ess, k-hat: median"
         rows = [["mean", *mean, *median, what]]
         for i in order.tolist() if self.plates else []:
