@@ -475,8 +475,8 @@ BAD_CALLS = {
     "no data": (TRAIN, "data: expected --data.*`ppl data`"),
     "unknown data": ([*TRAIN, "--data", "digit"], "expected one of digits, .*got 'digit'; `ppl data` lists them"),
     "unknown likelihood": (
-        [*TRAIN, "--data", "digits", "--likelihood", "poisson"],
-        "likelihood: input should be 'bernoulli'.*got 'poisson'",
+        [*TRAIN, "--data", "digits", "--likelihood", "gumbel"],
+        "likelihood: input should be 'bernoulli'.*got 'gumbel'",
     ),
     "likelihood of another system": (
         ["train", "d3pm", "--out", "{new}", "--data", "digits", "--likelihood", "bernoulli"],

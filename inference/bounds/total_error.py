@@ -62,7 +62,7 @@ class TotalError(Printed):
             "inference": "log_evidence is too low",
         }
         for name, cause in causes.items():
-            value, error = getattr(self, name), getattr(self, f"{name}_error")
+            value, error = getattr(self, name), getattr(self, f"{name}_std_error")
             if value < -(IMPOSSIBLE * error + ROUNDING * (1 + abs(self.total))):
                 found.append(
                     f"the {name} error is a divergence, and {value:.3g} +- {error:.2g} is far below zero: {cause}"
