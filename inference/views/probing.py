@@ -111,6 +111,7 @@ def data_mean(fn: Any) -> Tensor:
         NoMeanError: the law has no mean.
 
     Example:
+        >>> import pyro.distributions as dist
         >>> float(data_mean(dist.Categorical(probs=torch.tensor([0.5, 0.0, 0.5]))))
         1.0
     """

@@ -29,6 +29,7 @@ class ArrayMLP(nn.Module):
         counts: the input holds counts and enters as log(1 + n).
 
     Example:
+        >>> import torch
         >>> ArrayMLP((3, 4), (8, 8), hidden=(16,))(torch.zeros(7, 5, 3, 4)).shape
         torch.Size([7, 5, 8, 8])
     """
@@ -89,6 +90,7 @@ def mirrored(
         counts: the encoder reads log(1 + x).
 
     Example:
+        >>> import torch
         >>> encoder, decoder = mirrored((8, 8), (3, 4), hidden=(16,))
         >>> decoder(encoder(torch.zeros(5, 8, 8))).shape
         torch.Size([5, 8, 8])

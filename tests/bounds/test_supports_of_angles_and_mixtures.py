@@ -62,7 +62,7 @@ def by_quadrature(pair):
 
 
 @pytest.mark.parametrize("kind", [Angle, TwoHumps])
-@pytest.mark.parametrize("start", ["guide", "prior"])
+@pytest.mark.parametrize("start", ["guide", pytest.param("prior", marks=pytest.mark.slow)])
 def test_annealing(kind, start):
     torch.manual_seed(0)
     pair = kind()
@@ -70,6 +70,7 @@ def test_annealing(kind, start):
     assert (estimate.log_evidence - by_quadrature(pair)[0]).abs().max() < 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Angle, TwoHumps])
 def test_nuts(kind):
     torch.manual_seed(0)
