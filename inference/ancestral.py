@@ -114,12 +114,16 @@ def ancestral_trajectory(
     batch_size = batch_size if batch_size is None else whole_count("batch_size", batch_size)
     seed = seed if seed is None else seed_number(seed)
     chain = make_chain(pair, steps, eta, clip, keep)
-    counts = [len(part) for part in torch.arange(num_samples).split(batch_size or num_samples)]
+    own_labels = _has_label_each(pair, num_samples)
+    parts = torch.arange(num_samples).split(batch_size or num_samples)
+    counts = [len(part) for part in parts]
     device = next(pair.parameters(), torch.empty(0)).device
     runs = []
     progress = Progress("sampling", len(counts) * chain.length, unit="steps")
     with torch.no_grad(), evaluating(pair), progress:
-        for b, size in enumerate(counts):
+        for b, (part, size) in enumerate(zip(parts, counts, strict=True)):
+            if own_labels:
+                chain = make_chain(pair.of_rows(part), steps, eta, clip, keep)
             if seed is None:
                 runs.append(chain.run(size, progress))
             else:
@@ -127,6 +131,18 @@ def ancestral_trajectory(
                     seed_noise(noise_seed(seed, b), device)
                     runs.append(chain.run(size, progress))
     return joined(runs, counts)
+
+
+def _has_label_each(pair: ModelGuidePair, num_samples: int) -> bool:
+    """Whether each sample is to have a label of its own."""
+    labels = pair.labels
+    if labels is None or labels.dim() == 0:
+        return False
+    if len(labels) != num_samples:
+        raise ValueError(
+            f"expected as many samples as labels, got {num_samples} and {len(labels)}: give a label for each, or one for all"
+        )
+    return True
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,7 @@ class AutoEncoder(ModelGuidePair):
         corruption: Corruption | None = None,
         penalties: Sequence[Penalty] = (),
         k: int | None = None,
+        num_labels: int | None = None,
     ) -> AutoEncoder:
         """An autoencoder with MLP encoder and decoder, mirror images of each other.
 
@@ -134,6 +135,7 @@ class AutoEncoder(ModelGuidePair):
             corruption: M(x~ | x).
             penalties: as for the class.
             k: number of units kept, None for all.
+            num_labels: K, where encoder and decoder read a label as well; see :meth:`given`.
 
         Raises:
             ValueError: an unknown kind; see the class for the rest.
@@ -158,9 +160,9 @@ class AutoEncoder(ModelGuidePair):
             k = max(1, latent_dim // 4)
         bounded = any(isinstance(penalty, ActivityTarget) for penalty in penalties)
         classes, counts = likelihood.num_classes, likelihood.takes_counts
-        encoder = CodeEncoder(data_shape, latent_dim, hidden, activation, classes, bounded, k, counts)
+        encoder = CodeEncoder(data_shape, latent_dim, hidden, activation, classes, bounded, k, counts, num_labels)
         output_shape = [*data_shape] if likelihood.num_classes is None else [*data_shape, likelihood.num_classes]
-        decoder = Decoder(latent_dim, output_shape, list(hidden)[::-1], activation, with_scale=likelihood.needs_scale)
+        decoder = Decoder(latent_dim, output_shape, list(hidden)[::-1], activation, likelihood.needs_scale, num_labels)
         return cls(encoder, decoder, latent_dim, likelihood, corruption, penalties)
 
     def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:

@@ -146,6 +146,7 @@ class D3PM(Diffusion):
         hidden: int = 256,
         blocks: int = 4,
         output: Output = "logits",
+        num_labels: int | None = None,
     ) -> D3PM:
         """A D3PM with one of the library's denoisers and the schedule that the paper gives each kind of transitions.
 
@@ -159,6 +160,7 @@ class D3PM(Diffusion):
             hidden: width of the network; of a U-Net at the highest resolution, twice that below.
             blocks: residual blocks, blocks at each resolution, or layers.
             output: "logits", or "logistic" for ordered classes ("mlp" and "unet").
+            num_labels: K, of a diffusion of x given a label, which the network reads beside t; see :meth:`given`.
 
         Raises:
             TypeError: a likelihood that is not `Categorical`.
@@ -174,7 +176,7 @@ class D3PM(Diffusion):
         if transitions not in kinds:
             raise ValueError(f"expected transitions among {', '.join(kinds)}, got {transitions!r}")
         num_classes = likelihood.num_classes + (transitions == "absorbing")
-        denoiser = _denoiser(network, data_shape, num_classes, hidden, blocks, output)
+        denoiser = _denoiser(network, data_shape, num_classes, hidden, blocks, output, num_labels)
         return cls(denoiser, kinds[transitions](num_classes, num_timesteps), data_shape, num_classes, output)
 
     def x_0_logits(self, output: Tensor, x_t: Tensor) -> Tensor:
@@ -292,19 +294,25 @@ class D3PM(Diffusion):
 
 
 def _denoiser(
-    name: str, data_shape: Sequence[int], num_classes: int, hidden: int, blocks: int, output: Output
+    name: str,
+    data_shape: Sequence[int],
+    num_classes: int,
+    hidden: int,
+    blocks: int,
+    output: Output,
+    num_labels: int | None,
 ) -> nn.Module:
     logistic = output == "logistic"
     classes = None if logistic else num_classes
     denoiser: Denoiser
     match name:
         case "mlp":
-            denoiser = ResidualMLP(data_shape, hidden, blocks, num_classes=classes, with_variance=logistic)
+            denoiser = ResidualMLP(data_shape, hidden, blocks, classes, logistic, num_labels=num_labels)
         case "unet":
             widths = (hidden, 2 * hidden)
-            denoiser = UNet(data_shape, widths, blocks, num_classes=classes, with_variance=logistic)
+            denoiser = UNet(data_shape, widths, blocks, False, classes, logistic, num_labels)
         case "transformer" if not logistic:
-            return TransformerDenoiser(data_shape, num_classes, hidden, blocks)
+            return TransformerDenoiser(data_shape, num_classes, hidden, blocks, num_labels=num_labels)
         case "transformer":
             raise ValueError(
                 "expected output 'logits' with a transformer, which reads and writes classes, got 'logistic'"

@@ -140,6 +140,7 @@ class DDPM(Diffusion):
         predict: Prediction = "eps",
         variance: Variance = "learned",
         zero_terminal_snr: bool = False,
+        num_labels: int | None = None,
     ) -> DDPM:
         """A DDPM with one of the library's denoisers.
 
@@ -158,6 +159,7 @@ class DDPM(Diffusion):
             variance: see the class.
             zero_terminal_snr: bend the schedule to alpha-bar_T = 0, see :meth:`NoiseSchedule.with_zero_terminal_snr`; for
                 ``predict="v"``, ``"x_0"`` and ``"mean"``.
+            num_labels: K, of a diffusion of x given a label, which the network reads beside t; see :meth:`given`.
 
         Raises:
             ValueError: an unknown name, images with their channels last, or what schedule and network refuse.
@@ -189,16 +191,18 @@ class DDPM(Diffusion):
         denoiser: nn.Module
         match network:
             case "grid" if on_grid:
-                denoiser = GridDenoiser(ResidualMLP(data_shape, hidden, blocks, outputs=levels), steps)
+                log_prior = ResidualMLP(data_shape, hidden, blocks, outputs=levels, num_labels=num_labels)
+                denoiser = GridDenoiser(log_prior, steps)
             case "grid":
                 raise ValueError(
                     "expected predict='eps', variance='learned' and a DiscretizedNormal likelihood with network='grid', got "
                     f"{predict!r}, {variance!r} and {type(likelihood).__name__}"
                 )
             case "mlp":
-                denoiser = ResidualMLP(data_shape, hidden, blocks, with_variance=learned)
+                denoiser = ResidualMLP(data_shape, hidden, blocks, with_variance=learned, num_labels=num_labels)
             case "unet":
-                denoiser = UNet(data_shape, (hidden, 2 * hidden), blocks, with_variance=learned)
+                widths = (hidden, 2 * hidden)
+                denoiser = UNet(data_shape, widths, blocks, with_variance=learned, num_labels=num_labels)
             case _:
                 raise ValueError(f"expected a network among auto, mlp, unet, grid, got {network!r}")
         return cls(denoiser, steps, data_shape, predict, variance, likelihood)

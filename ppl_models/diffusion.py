@@ -35,6 +35,7 @@ from torch.distributions import kl_divergence
 
 from ppl_models.evaluation_mode import evaluating
 from ppl_models.networks.denoiser import Denoiser
+from ppl_models.networks.labels import labelled, probe_label, spread_labels
 from ppl_models.pair import ModelGuidePair
 from ppl_models.shortcuts import give_way
 
@@ -153,7 +154,8 @@ class Diffusion(ModelGuidePair, ABC):
         if isinstance(self.network, Denoiser):
             return self.network(x_t, t)
         batch = x_t.shape[: x_t.dim() - len(self.data_shape)]
-        output = self.network(x_t.reshape(-1, *self.data_shape), t.expand(batch).reshape(-1))
+        with spread_labels(self.network, batch):
+            output = self.network(x_t.reshape(-1, *self.data_shape), t.expand(batch).reshape(-1))
         self._refuse_other_output(output, math.prod(batch))
         return output.reshape(*batch, *self.output_shape)
 
@@ -288,7 +290,7 @@ class Diffusion(ModelGuidePair, ABC):
     def _check_network(self, x: Tensor) -> None:
         t = torch.tensor([1, self.num_timesteps], device=x.device)  # both ends: an embedding may hold 0..T-1
         try:
-            with torch.no_grad(), evaluating(self.network):
+            with torch.no_grad(), evaluating(self.network), labelled(self.network, probe_label(self.network)):
                 output = self.network(x, t)
         except IndexError as error:
             raise ValueError(

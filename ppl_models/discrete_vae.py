@@ -166,6 +166,7 @@ class CategoricalVAE(ModelGuidePair):
         num_classes: int = 10,
         hidden: Sequence[int] = (200, 200),
         activation: Activation = "tanh",
+        num_labels: int | None = None,
     ) -> CategoricalVAE:
         """A categorical VAE with MLP encoder and decoder, mirror images of each other.
 
@@ -176,6 +177,7 @@ class CategoricalVAE(ModelGuidePair):
             num_classes: K.
             hidden: the encoder's hidden widths; the decoder has them reversed.
             activation: see :class:`ppl_models.networks.MLP`.
+            num_labels: of a VAE of x given a label (not a class of z): p(z) p(x | z, y) and q(z | x, y); see :meth:`given`.
         """
         check_sizes(num_latents=(num_latents, 1), num_classes=(num_classes, 2))
         data_shape, hidden, likelihood = (
@@ -184,7 +186,7 @@ class CategoricalVAE(ModelGuidePair):
             known_likelihood(likelihood),
         )
         shape, classes = [num_latents, num_classes], likelihood.num_classes
-        laws = (classes, likelihood.needs_scale, likelihood.takes_counts)
+        laws = (classes, likelihood.needs_scale, likelihood.takes_counts, num_labels)
         encoder, decoder = mirrored(data_shape, shape, hidden, activation, *laws)
         return cls(encoder, decoder, num_latents, num_classes, likelihood)
 

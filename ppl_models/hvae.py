@@ -106,6 +106,7 @@ class HVAE(ModelGuidePair):
         hidden: Sequence[int] | Sequence[Sequence[int]] = (200, 200),
         guide: Guide = "bottom_up",
         activation: Activation = "tanh",
+        num_labels: int | None = None,
     ) -> HVAE:
         """An HVAE of MLPs, each layer's decoder the mirror image of its encoder.
 
@@ -116,6 +117,7 @@ class HVAE(ModelGuidePair):
             hidden: hidden widths of each layer's encoder, from the data up; one list for all layers, or a list a layer.
             guide: ``"bottom_up"`` or ``"top_down"``.
             activation: see :class:`ppl_models.networks.MLP`.
+            num_labels: K, of an HVAE of x given a label, which every layer but the prior's reads; see :meth:`given`.
 
         Raises:
             ValueError: not as many lists of hidden widths as layers.
@@ -137,12 +139,12 @@ class HVAE(ModelGuidePair):
         for layer, (dim, width) in enumerate(zip(latent_dims, map(list, widths), strict=True), start=1):
             encoder = LadderEncoder if guide == "top_down" and layer < depth else GaussianEncoder
             entries = (classes, likelihood.takes_counts) if layer == 1 else (None, False)
-            encoders.append(encoder(inputs, dim, width, activation, *entries))
+            encoders.append(encoder(inputs, dim, width, activation, *entries, num_labels))
             if layer == 1:
                 outputs = [*data_shape] if classes is None else [*data_shape, classes]
-                decoders.append(Decoder(dim, outputs, width[::-1], activation, with_scale=likelihood.needs_scale))
+                decoders.append(Decoder(dim, outputs, width[::-1], activation, likelihood.needs_scale, num_labels))
             else:
-                decoders.append(Decoder(dim, [latent_dims[layer - 2]], width[::-1], activation, with_scale=True))
+                decoders.append(Decoder(dim, [latent_dims[layer - 2]], width[::-1], activation, True, num_labels))
             inputs = [width[-1]] if guide == "top_down" else [dim]
         return cls(encoders, decoders, latent_dims, likelihood, guide)
 

@@ -20,7 +20,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pyro.distributions import constraints
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ppl_models.arguments import sizes
 from ppl_models.data_checks import refuse_other_than_tensor
+from ppl_models.networks.labels import given_labels, label_layers, num_labels_of
 
 
 class ModelGuidePair(nn.Module, ABC):
@@ -106,6 +107,69 @@ class ModelGuidePair(nn.Module, ABC):
         Raises:
             ValueError: one sentence that names the first bad index, what was expected, and the remedy.
         """
+
+    def given(self, y: Tensor | list[int] | int) -> Self:
+        """The pair at labels: programs p(x, z | y) and q(z | x, y), as a pair of their own that shares the parameters.
+
+        For pairs whose networks are conditioned on labels (:mod:`ppl_models.networks.labels`), as presets make them with
+        ``num_labels=K``. All that takes a pair or its programs takes this one: terms, evidence, samplers, traces. In a
+        training loop of your own :func:`ppl_models.networks.labelled` costs less.
+
+        Args:
+            y: int64 ``[B]``, for the B data that the programs will see, or one number for any data.
+
+        Raises:
+            ValueError: a pair without labels, labels of another shape, or one outside 0..K-1. At a call of the programs: data
+                of another number than labels.
+            TypeError: labels that are no whole numbers.
+
+        Example:
+            >>> from ppl_models import VAE
+            >>> from ppl_models.likelihoods import Bernoulli
+            >>> pair = VAE.preset((8, 8), Bernoulli(), latent_dim=4, hidden=(32,), num_labels=10)
+            >>> pair.given(3).model(size=5).shape, pair.given([3, 1, 4]).model(size=3).shape
+            (torch.Size([5, 8, 8]), torch.Size([3, 8, 8]))
+        """
+        return given_labels(self, y)
+
+    @property
+    def num_labels(self) -> int | None:
+        """K, how many labels the programs are conditioned on; None where they are not."""
+        return num_labels_of(self)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The labels that :meth:`given` was told, ``[B]`` or a scalar; None where there are none."""
+        layers = label_layers(self)
+        return layers[0].labels if layers and layers[0].labels.numel() else None
+
+    def of_rows(self, rows: slice | Tensor) -> Self:
+        """The pair for some of the data it was given labels of; itself where all data share one label, or have none.
+
+        Example:
+            >>> from ppl_models import VAE
+            >>> from ppl_models.likelihoods import Bernoulli
+            >>> pair = VAE.preset((6,), Bernoulli(), latent_dim=2, hidden=(4,), num_labels=3).given([0, 2, 1])
+            >>> pair.of_rows(slice(1, 3)).labels
+            tensor([2, 1])
+        """
+        labels = self.labels
+        return self if labels is None or labels.dim() == 0 else self.given(labels[rows])
+
+    def in_turn(self, count: int) -> Self:
+        """The pair for ``count`` draws of its own, of the labels that it was given, one after the other and over again.
+
+        Example:
+            >>> from ppl_models import VAE
+            >>> from ppl_models.likelihoods import Bernoulli
+            >>> pair = VAE.preset((6,), Bernoulli(), latent_dim=2, hidden=(4,), num_labels=3).given([0, 2])
+            >>> pair.in_turn(5).labels.tolist(), pair.in_turn(5).model(size=5).shape
+            ([0, 2, 0, 2, 0], torch.Size([5, 6]))
+        """
+        labels = self.labels
+        if labels is None or labels.dim() == 0:
+            return self
+        return self.of_rows(torch.arange(count, device=labels.device) % len(labels))
 
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """Runs :meth:`model`."""

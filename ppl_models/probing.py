@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.evaluation_mode import evaluating
+from ppl_models.networks.labels import labelled, probe_label
 
 
 def probe_decoder(decoder: nn.Module, latent_dim: int) -> Any:
@@ -36,7 +37,7 @@ def evaluate_once(name: str, module: nn.Module, argument: Tensor) -> Any:
         ValueError: the module fails on it; the message names the module, the shape and the failure.
     """
     try:
-        with torch.no_grad(), evaluating(module):
+        with torch.no_grad(), evaluating(module), labelled(module, probe_label(module)):
             return module(argument)
     except RuntimeError as error:
         raise ValueError(

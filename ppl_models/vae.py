@@ -81,6 +81,7 @@ class VAE(ModelGuidePair):
         latent_dim: int = 16,
         hidden: Sequence[int] = (200, 200),
         activation: Activation = "tanh",
+        num_labels: int | None = None,
     ) -> VAE:
         """A VAE with MLP encoder and decoder, mirror images of each other.
 
@@ -90,14 +91,14 @@ class VAE(ModelGuidePair):
             latent_dim: d.
             hidden: the encoder's hidden widths; the decoder has them reversed.
             activation: see :class:`ppl_models.networks.MLP`.
+            num_labels: K, of a VAE of x given a label: p(z) p(x | z, y) and q(z | x, y); see :meth:`given`.
         """
         data_shape, hidden = sizes("data_shape", data_shape), sizes("hidden", hidden)
         likelihood = known_likelihood(likelihood)
-        encoder = GaussianEncoder(
-            data_shape, latent_dim, hidden, activation, likelihood.num_classes, likelihood.takes_counts
-        )
+        laws = (likelihood.num_classes, likelihood.takes_counts)
+        encoder = GaussianEncoder(data_shape, latent_dim, hidden, activation, *laws, num_labels)
         output_shape = [*data_shape] if likelihood.num_classes is None else [*data_shape, likelihood.num_classes]
-        decoder = Decoder(latent_dim, output_shape, list(hidden)[::-1], activation, with_scale=likelihood.needs_scale)
+        decoder = Decoder(latent_dim, output_shape, list(hidden)[::-1], activation, likelihood.needs_scale, num_labels)
         return cls(encoder, decoder, latent_dim, likelihood)
 
     def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:

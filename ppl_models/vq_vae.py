@@ -214,6 +214,7 @@ class VQVAE(ModelGuidePair):
         hidden: Sequence[int] = (200, 200),
         activation: Activation = "tanh",
         commitment: float = 0.25,
+        num_labels: int | None = None,
     ) -> VQVAE:
         """A VQ-VAE with MLP encoder and decoder, mirror images of each other.
 
@@ -226,6 +227,7 @@ class VQVAE(ModelGuidePair):
             hidden: the encoder's hidden widths; the decoder has them reversed.
             activation: see :class:`ppl_models.networks.MLP`.
             commitment: beta.
+            num_labels: of codes of x given a label, which encoder and decoder read; see :meth:`given`.
         """
         check_sizes(num_latents=(num_latents, 1), num_codes=(num_codes, 2), code_dim=(code_dim, 1))
         data_shape, hidden, likelihood = (
@@ -234,7 +236,7 @@ class VQVAE(ModelGuidePair):
             known_likelihood(likelihood),
         )
         shape, classes = [num_latents, code_dim], likelihood.num_classes
-        laws = (classes, likelihood.needs_scale, likelihood.takes_counts)
+        laws = (classes, likelihood.needs_scale, likelihood.takes_counts, num_labels)
         encoder, decoder = mirrored(data_shape, shape, hidden, activation, *laws)
         return cls(encoder, decoder, num_latents, num_codes, code_dim, likelihood, commitment)
 

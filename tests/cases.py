@@ -138,6 +138,11 @@ def _preset(
     return lambda: VAE.preset(shape, likelihood(), latent_dim=2, hidden=(8,), **options)
 
 
+def _given(build: Callable[[], ModelGuidePair]) -> Callable[[], ModelGuidePair]:
+    """A pair that is conditioned on three labels, at a label for each datum; V moved off its start, where y says nothing."""
+    return lambda: _stirred(build()).given([0, 2, 1, 1, 0])
+
+
 CASES: dict[str, Case] = {
     "vae-bernoulli": Case(_preset(Bernoulli), _generated),
     "vae-normal": Case(_preset(lambda: Normal(scale=0.3)), _generated),
@@ -152,6 +157,7 @@ CASES: dict[str, Case] = {
     "vae-scalar-data": Case(
         lambda: VAE(GaussianEncoder((1,), 2, (4,)), Decoder(2, (1,), (4,)), 2, Normal()), _generated
     ),
+    "vae-given-labels": Case(_given(_preset(Bernoulli, num_labels=3)), _generated),
     "linear-exact": Case(lambda: LinearGaussian.random(4, 2), _generated, exact=True),
     "linear-orthogonal": Case(lambda: LinearGaussian.random(4, 2, orthogonal=True), _generated, exact=True),
     "ae-plain": Case(_ae(Normal), _generated, closed=False, point_guide=True),
@@ -167,6 +173,7 @@ CASES: dict[str, Case] = {
         closed=False,
         mean_field=False,
     ),
+    "ddpm-given-labels": Case(_given(_ddpm(Normal, num_labels=3)), _generated, closed=False, mean_field=False),
     "linear-diffusion-exact": Case(
         _linear_diffusion, _generated, exact=True, closed=False, mean_field=False, gaussian_guide=False
     ),

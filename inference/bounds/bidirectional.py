@@ -79,7 +79,7 @@ def bidirectional_evidence(
 
     Args:
         pair: the programs; their latents continuous.
-        num_data: B >= 1, data to simulate.
+        num_data: B >= 1, data to simulate; by a pair that was given labels, at these in turn.
         seed: of every draw made here, leaving the default generator alone; None draws from the default generator.
         annealing: ``num_chains``, ``num_temperatures``, ``num_leapfrog``, ``schedule``, ``start`` and ``jitter`` as for
             :func:`inference.bounds.annealing.annealed_evidence`; both directions use the same kernel.
@@ -101,6 +101,7 @@ def bidirectional_evidence(
     refuse_other_than_pair(pair)
     if num_data < 1:
         raise ValueError(f"expected num_data >= 1, got {num_data}")
+    pair = pair.in_turn(num_data)
     with torch.no_grad(), seeded(seed):
         trace, x = generate(pair, num_data)
         plan = make_plan(ZeroOutsideSupport()(pair.model), pair.guide, (x,), {})

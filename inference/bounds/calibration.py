@@ -112,7 +112,8 @@ def simulation_based_calibration(
     random numbers are torch's own; seed them for the same ranks again.
 
     Args:
-        pair: the programs; all simulations run at once, as far as memory allows.
+        pair: the programs; all simulations run at once, as far as memory allows. One that was given labels is simulated at
+            these in turn.
         num_simulations: S, data simulated.
         num_draws: L, draws from the guide for each.
         num_bins: a divisor of L + 1.
@@ -145,11 +146,11 @@ def simulation_based_calibration(
     chi_square(np.zeros((1, 1), np.int64), num_draws + 1, num_bins)  # refuses bins that do not divide the ranks
     names: list[str] = []
     parts: list[NDArray[np.int64]] = []
-    done, size = 0, 1
+    done, size, own = 0, 1, pair.in_turn(num_simulations)
     with torch.no_grad(), Progress("simulating", num_simulations, unit="simulations") as progress:
         while done < num_simulations:
             size = min(size, num_simulations - done)
-            names, ranks, elements = _simulate(pair, size, num_draws)
+            names, ranks, elements = _simulate(own.of_rows(slice(done, done + size)), size, num_draws)
             parts.append(ranks)
             done += size
             size = max(1, ELEMENTS_AT_ONCE * size // elements)  # the first simulation tells how large one is

@@ -109,7 +109,9 @@ def decompose_diffusion(
     with torch.no_grad(), evaluating(pair), progress:
         parts = []
         for b, block in enumerate(blocks):
-            terms = _Terms(pair, block, num_particles, chunk_size, (seed, b), b * data_at_once, progress)
+            first = b * data_at_once
+            own = pair.of_rows(slice(first, first + len(block)))
+            terms = _Terms(own, block, num_particles, chunk_size, (seed, b), first, progress)
             parts.append(terms.of(chosen))
     return _joined(pair, chosen, parts, num_particles)
 

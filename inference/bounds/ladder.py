@@ -193,7 +193,8 @@ def evidence_ladder(
     Args:
         pair: the programs; their latents continuous. Networks with dropout belong in ``eval()`` mode.
         x: data ``[B, *data_shape]``; or give ``num_data``.
-        num_data: how many data to simulate from the model: these have an upper bound too.
+        num_data: how many data to simulate from the model: these have an upper bound too. By a pair that was given labels, at
+            these in turn.
         num_particles: the K of IWAE-K, at least one; the ELBO is from the draws of the largest.
         seed: of every draw made here, leaving the default generator alone; None draws from the default generator.
         annealing: options of :func:`inference.bounds.annealing.annealed_evidence`.
@@ -221,6 +222,7 @@ def evidence_ladder(
         raise ValueError(f"expected num_particles with at least one K >= 1, got {list(num_particles)}")
     with torch.no_grad(), seeded(seed):
         if x is None and num_data is not None:
+            pair = pair.in_turn(num_data)
             both = bidirectional_evidence(pair, num_data, **annealing)
             return _build(pair, both.x, counts, both.lower, both.log_upper)
         if x is not None and num_data is None:

@@ -16,6 +16,8 @@
 A DDPM has discretized_normal for all data with levels and normal for others, with the variance of its own last step; a D3PM
 has categorical, and on text a transformer unless another network is stated.
 
+With --given-labels the networks read the data's labels, and their number is taken from the data.
+
 A scaling that is not stated is the one that the likelihood is made for. The one exception is a normal likelihood of
 quantised data: it is valid on any scaling, so whether counts 0..255 are meant must be stated.
 """
@@ -102,8 +104,9 @@ def choose(name: str, options: TrainOptions) -> tuple[TrainOptions, DataSet]:
     latent_dim = options.latent_dim
     if "latent_dim" in known and latent_dim is None and "latent_dim" not in options.pair:
         latent_dim = LATENT_DIMS[kind]
+    labels = {"num_labels": _num_labels(data, options.data)} if options.given_labels else {}
     sequences = {"network": "transformer"} if kind == "text" and "network" in known else {}
-    update = {"latent_dim": latent_dim, "pair": {**sequences, **options.pair}}
+    update = {"latent_dim": latent_dim, "pair": {**sequences, **labels, **options.pair}}
     arguments = pair_arguments(name, options.model_copy(update=update))
     hidden = arguments.get("hidden")
     flat = hidden is None or isinstance(hidden, int) or all(isinstance(width, int) for width in hidden)
@@ -141,6 +144,19 @@ def build_pair(name: str, options: TrainOptions, data: DataSet) -> ModelGuidePai
         decoder = pair.decoders[0] if isinstance(pair, HVAE) else pair.get_submodule("decoder")
         likelihood.start_at_mean(decoder, data.train)
     return pair
+
+
+def _num_labels(data: DataSet, spec: str) -> int:
+    """How many labels data have: names where these are known, else one more than the largest."""
+    if data.train_labels is None:
+        raise ConfigError(
+            f"given_labels: expected data with labels, got {spec} without; name their column, as in csv:FILE@COLUMN, or add "
+            "train_labels to an npz file"
+        )
+    if data.label_names is not None:
+        return len(data.label_names)
+    parts = [labels for labels in (data.train_labels, data.test_labels) if labels is not None and len(labels)]
+    return max(int(labels.max()) for labels in parts) + 1
 
 
 @contextmanager

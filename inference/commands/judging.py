@@ -162,7 +162,8 @@ def calibrate(
 ) -> None:
     """Check the guide against the model by simulation: ranks of the true z among the guide's draws must be uniform.
 
-    Simulation-based calibration (Talts et al. 2018, arXiv:1804.06788), each latent dimension and the log joint.
+    Simulation-based calibration (Talts et al. 2018, arXiv:1804.06788), each latent dimension and the log joint. A run that is
+    conditioned on labels is simulated at each of them in turn.
     """
     from inference.bounds.calibration import simulation_based_calibration
     from inference.commands.choices import seeded
@@ -174,8 +175,11 @@ def calibrate(
         check_new(figure, force=force)
     opened = load_run(run)
     check_draws(opened.pair, "hold against the model", "ppl terms shows by t how far the model is from it")
+    pair = opened.pair
+    if pair.num_labels is not None:
+        pair = pair.given(list(range(pair.num_labels)))
     with seeded(seed):
-        calibration = simulation_based_calibration(opened.pair, num_simulations=simulations)
+        calibration = simulation_based_calibration(pair, num_simulations=simulations)
     print(calibration.table())
     if figure is not None:
         from inference.views.calibration import draw_calibration, rank_plot

@@ -5,6 +5,7 @@ Each opens the RUN, calls the library and prints. Draws depend on ``--seed`` alo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,6 +105,14 @@ def sample(
         tuple[float, float] | None,
         typer.Option(metavar="LOW HIGH", help="of a ddpm: clamp the predicted x_0 before each step", show_default="no"),
     ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="of a run that is conditioned on labels: draw at this one, its number or name",
+            show_default="each in turn",
+        ),
+    ] = None,
     film: Annotated[
         Path | None,
         typer.Option(
@@ -119,6 +128,7 @@ def sample(
 
     Of a diffusion, down the chain from x_T to x_0; whatever changes the law of the samples is said with them.
     """
+    from inference.commands.labels import given_label, names_in_turn
     from inference.training.runs import load_run
 
     suffix = None if out is None else check_suffix(out, ".png", ".svg", ".pdf", ".npz", ".txt")
@@ -130,11 +140,12 @@ def sample(
     if suffix not in (None, ".npz", ".txt") and num > MAX_TILES:
         raise ValueError(f"expected at most {MAX_TILES} samples in a picture, got {num}: write them to a .npz file")
     opened = load_run(run)
+    at_labels = given_label(opened, label)
     alphabet = opened.config["data"].get("alphabet")
     if alphabet is not None:
         if film is not None or steps is not None or eta != 1 or clip is not None:
             raise ValueError("expected no --film, --steps, --eta or --clip for text, drawn as it is: leave them out")
-        _sample_text(opened.pair, alphabet, out, num, seed, force=force)
+        _sample_text(at_labels, alphabet, out, num, seed, force=force)
         return
     if out is None or suffix == ".txt":
         raise ValueError(
@@ -142,7 +153,7 @@ def sample(
         )
     from inference.commands.sampling import check_options, draw, draw_film
 
-    pair, stated = opened.pair, opened.config["data"]
+    pair, stated = at_labels, opened.config["data"]
     check_options(pair, steps, eta, clip, film)
     drawn = draw(pair, num, steps, eta, clip, seed)
     if suffix == ".npz":
@@ -162,7 +173,9 @@ def sample(
         if len(pair.data_shape) < 2:  # points mean little without the data's own beside them, and their axes
             from inference.commands.sampling import with_data_beside
 
-            drawn = with_data_beside(drawn, run)
+            drawn = with_data_beside(drawn, run, pair.labels)
+        elif label is None:
+            drawn = replace(drawn, columns=names_in_turn(opened, num))
         save_figure(draw_samples(drawn, shown_range(stated, drawn.draws)), out, overwrite=force)
     print(f"wrote {num} samples to {out}: {drawn.law}")
     if film is not None:
@@ -299,7 +312,7 @@ def _sample_text(pair: ModelGuidePair, alphabet: str, out: Path | None, num: int
         raise ValueError(
             f"expected a .txt or .npz for samples of text, got {out.name!r}: rename it, or leave --out away"
         )
-    x = ancestral_sample(pair, num, seed=seed, batch_size=SAMPLES_AT_ONCE)
+    x = ancestral_sample(pair.in_turn(num), num, seed=seed, batch_size=SAMPLES_AT_ONCE)
     titled = [f"--- {i} of {num}\n{text}\n" for i, text in enumerate(decode(x, alphabet), 1)]
     if out is None:
         print(printable("".join(titled)), end="")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from inference.training.scaling import binarize_fixed
 from inference.training.standardizing import Standardization
 from inference.views.bounds import has_point_guide
 from ppl_models.diffusion import Diffusion
+from ppl_models.networks.labels import refuse_other_labels
 from ppl_models.pair import ModelGuidePair
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A run, data ``x`` ``[N, *data_shape]`` in the pair's dtype with their labels if any, and what ``x`` is in words."""
+    """A run, data ``x`` ``[N, *data_shape]`` in the pair's dtype with their labels if any, and what ``x`` is in words.
+
+    The pair of a run that is conditioned on labels has been given those of ``x``.
+    """
 
     run: Run
     folder: Path
@@ -67,12 +72,42 @@ def open_run(folder: Path, spec: str | None = None, num_data: int | None = None)
     if data.binarization == "dynamic" and not held_out:
         x = binarize_fixed(x, 0)
     run.pair.check_data(x, "test" if held_out else "train")
+    labels = None if labels is None else labels[:count]
+    if run.pair.num_labels is not None:
+        known = _by_name(labels, data.label_names, run.config["data"].get("label_names"))
+        run = replace(run, pair=run.pair.given(_all_known(known, run.pair.num_labels, data.name)))
     own = "training " if spec is None else ""  # of other data nobody said what they are for
     part = "held-out " if held_out else own
     words = f"{total if count == total else f'the first {count} of {total}'} {part}data of {data.name}"
     if data.standardization is not None:
         words += f", standardised ({offset_in_words(data.standardization)})"
-    return Opened(run, folder, x, None if labels is None else labels[:count], words, data)
+    return Opened(run, folder, x, labels, words, data)
+
+
+def _by_name(labels: Tensor | None, names: Sequence[str] | None, known: Sequence[str] | None) -> Tensor | None:
+    """Labels numbered as the run has them, for other data number their names by themselves."""
+    if labels is None or names is None or known is None or list(names) == list(known):
+        return labels
+    strange = [name for name in names if name not in known]
+    if strange:
+        raise DataError(
+            f"labels: expected those of the run, {', '.join(known)}, got {strange[0]!r}; leave its rows out"
+        )
+    return torch.tensor([list(known).index(name) for name in names])[labels]
+
+
+def _all_known(labels: Tensor | None, num_labels: int, name: str) -> Tensor:
+    """The data's labels, which a run is conditioned on."""
+    if labels is None:
+        raise DataError(
+            f"labels: expected one for each datum of {name}, for the run is conditioned on {num_labels} labels, got none: look "
+            "at data that have them, as csv:FILE@COLUMN or an npz file with train_labels"
+        )
+    try:
+        refuse_other_labels(labels, num_labels, "labels")
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    return labels
 
 
 def offset_in_words(standardization: Standardization) -> str:
@@ -120,7 +155,7 @@ def _data(run: Run, spec: str | None) -> DataSet:
             standardization=run.standardization,
         )
     data = run.data()
-    if fingerprint(data) != stated["sha256"]:
+    if fingerprint(data, run.pair.num_labels is not None) != stated["sha256"]:
         raise DataError(
             f"data: expected the data that the run was trained on, but {stated['spec']} holds other values now; put them "
             "back, or say with --data what to look at"

@@ -48,6 +48,9 @@ class TrainOptions(TrainConfig):
     binarization: Literal["none", "dynamic", "fixed"] | None = Field(
         None, description="grey values read as probabilities of 0 or 1: drawn anew at each use, or once"
     )
+    given_labels: bool = Field(
+        False, description="condition both programs on the data's labels y: p(x, z | y) and q(z | x, y)"
+    )
     latent_dim: int | None = Field(None, ge=1, le=1_000_000, description="width of z, where the system has one")
     hidden: tuple[int, ...] | None = Field(
         None, description="hidden widths of the encoder, which the decoder mirrors; one width for a diffusion's network"

@@ -20,7 +20,7 @@ from inference.commands.choices import seeded
 from inference.progress import Progress
 from inference.views import diffusion as views
 from inference.views.images import Range
-from inference.views.plot_data import Samples, samples, to_array, trajectory_samples
+from inference.views.plot_data import Samples, at_labels, samples, to_array, trajectory_samples
 from inference.views.progressive import draw_progressive, progressive
 from ppl_models.ddpm import DDPM
 from ppl_models.diffusion import Diffusion
@@ -28,6 +28,7 @@ from ppl_models.pair import ModelGuidePair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 SAMPLES_AT_ONCE = 1024
 DATA_BESIDE = 1000
@@ -71,26 +72,29 @@ def draw(
         >>> draw(LinearGaussian.random(data_dim=3, latent_dim=2), 5).draws.shape
         (5, 3)
     """
+    pair = pair.in_turn(num)
     if isinstance(pair, Diffusion):
         trajectory = ancestral_trajectory(pair, num, steps, eta=eta, clip=clip, seed=seed, batch_size=SAMPLES_AT_ONCE)
-        return trajectory_samples(trajectory)
+        drawn = trajectory_samples(trajectory)
+        return replace(drawn, law=drawn.law + at_labels(pair))
     chunks = []
     with seeded(seed), Progress("drawing samples", num, unit="samples") as progress:
         for start in range(0, num, SAMPLES_AT_ONCE):
             count = min(SAMPLES_AT_ONCE, num - start)
-            chunks.append(samples(pair, count))
+            chunks.append(samples(pair.of_rows(slice(start, start + count)), count))
             progress.advance(count)
     means = [chunk.means for chunk in chunks if chunk.means is not None]
     draws = np.concatenate([chunk.draws for chunk in chunks])
     return Samples(draws, np.concatenate(means) if means else None, law=chunks[0].law)
 
 
-def with_data_beside(drawn: Samples, folder: Path) -> Samples:
+def with_data_beside(drawn: Samples, folder: Path, label: Tensor | None = None) -> Samples:
     """The samples with the run's held-out data, if these can be read again; if not, a printed line says why.
 
     Args:
         drawn: the samples.
         folder: the RUN folder.
+        label: the one that they were drawn at, to show data of; of several, or none, any data are shown.
     """
     from inference.commands.opening import open_run
 
@@ -99,7 +103,9 @@ def with_data_beside(drawn: Samples, folder: Path) -> Samples:
     except ValueError as error:
         print(f"without data beside them: {error}")
         return drawn
-    return replace(drawn, data=to_array(opened.x))
+    one = label is not None and label.dim() == 0 and opened.labels is not None
+    shown = opened.x[opened.labels == label] if one else opened.x
+    return replace(drawn, data=to_array(shown) if len(shown) else None)
 
 
 def draw_film(

@@ -67,6 +67,15 @@ def train(
     ] = None,
     test_fraction: Annotated[float | None, _option("test_fraction", "PART", RUN)] = None,
     columns: Annotated[str | None, _option("columns", "A,B,...", RUN, default="all")] = None,
+    given_labels: Annotated[
+        bool | None,
+        typer.Option(
+            "--given-labels",
+            help="condition both programs on the data's labels: p(x, z | y) and q(z | x, y)",
+            show_default=False,
+            rich_help_panel=PAIR,
+        ),
+    ] = None,
     latent_dim: Annotated[int | None, _option("latent_dim", "D", PAIR, default="16 for images, 2 for points")] = None,
     hidden: Annotated[str | None, _option("hidden", "W1,W2,...", PAIR, default="the system's: 200,200 or 256")] = None,
     activation: Annotated[str | None, _option("activation", "NAME", PAIR, default="tanh")] = None,
@@ -118,6 +127,7 @@ def train(
         "binarization": binarization,
         "test_fraction": test_fraction,
         "start_from": start_from,
+        "given_labels": given_labels,
         "latent_dim": latent_dim,
         "hidden": hidden,
         "activation": activation,

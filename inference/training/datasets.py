@@ -150,6 +150,8 @@ def as_dataset(
     binarization: str | None = None,
     levels: int | None = None,
     test_fraction: float | None = None,
+    labels: Any = None,
+    test_labels: Any = None,
 ) -> DataSet:
     """A `DataSet` from what a caller has at hand.
 
@@ -163,6 +165,8 @@ def as_dataset(
         binarization: one of `BINARIZATIONS`, None: "none"; needs scaling "unit".
         levels: the number of levels of quantised data; None: continuous data.
         test_fraction: of the data to hold out by a permutation with seed 0, in (0, 1), instead of `test`.
+        labels: a whole number a datum, [N], what a pair with ``num_labels`` is conditioned on and others are coloured by.
+        test_labels: those of `test`.
 
     Returns:
         DataSet; floating point tensors keep their dtype, arrays and counts come in torch's default dtype.
@@ -174,8 +178,8 @@ def as_dataset(
     [0.0, 1.0]
     """
     if isinstance(data, DataSet | str):
-        if test is not None or levels is not None or test_fraction is not None:
-            raise DataError("test, levels, test_fraction: a DataSet or a named one has its own; leave them out")
+        if any(argument is not None for argument in (test, levels, test_fraction, labels, test_labels)):
+            raise DataError("test, levels, test_fraction, labels: a DataSet or a named one has its own; leave them out")
         if isinstance(data, str):
             return load_data(data, scaling=scaling, binarization=binarization)
         if scaling not in (None, data.scaling) or binarization not in (None, data.binarization):
@@ -190,12 +194,23 @@ def as_dataset(
     train = _tensor_or_dataset(data, "train")
     name = "tensor" if isinstance(train, Tensor) else type(train).__name__
     held_out = None if test is None else _tensor_or_dataset(test, "test")
-    source = Source(name, train, held_out, levels, "as given", is_wide=is_wide)
+    own, held = (_whole_numbers(y, name) for y, name in ((labels, "labels"), (test_labels, "test_labels")))
+    source = Source(name, train, held_out, levels, "as given", own, held, is_wide=is_wide)
     if test_fraction is not None:
         if held_out is not None:
             raise DataError("test and test_fraction: expected one of them, got both; leave one out")
         source = with_held_out(source, test_fraction)
     return _state(source, scaling, binarization, test_fraction)
+
+
+def _whole_numbers(labels: Any, name: str) -> Tensor | None:
+    """Labels as int64, from a list, an array or a tensor of integers."""
+    if labels is None:
+        return None
+    found = torch.as_tensor(labels)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise DataError(f"{name}: expected whole numbers, got {found.dtype}; number the labels from 0")
+    return found.long()
 
 
 def _state(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from inference.training.noise import seed_noise
 from inference.training.objectives import ElboLoss
+from ppl_models.networks.labels import labelled
 
 REMEDY = "lower the learning rate, clip the gradient, or look at that datum"
 
@@ -90,10 +91,12 @@ def _first_bad_gradient(
 
 
 def _first_bad_alone(loss: ElboLoss, x: Tensor, site: str, seed: int) -> tuple[str, int] | None:
+    labels = loss.pair.labels
     for i in range(len(x)):
         seed_noise(seed, x.device)
         try:
-            name = _bad_parameter(loss.pair, loss.terms(x[i : i + 1])[site][0])
+            with labelled(loss, None if labels is None else labels[i : i + 1]):
+                name = _bad_parameter(loss.pair, loss.terms(x[i : i + 1])[site][0])
         except (RuntimeError, ValueError):  # batch normalisation, for one, takes no single datum
             return None
         if name is not None:

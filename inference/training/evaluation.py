@@ -32,6 +32,7 @@ from inference.training.noise import noise_seed, seed_noise
 from inference.training.scaling import binarize
 from ppl_models.diffusion import Diffusion
 from ppl_models.evaluation_mode import evaluating
+from ppl_models.networks.labels import labelled, probe_label
 from ppl_models.pair import ModelGuidePair
 
 ACTIVE_VARIANCE = 0.01
@@ -71,6 +72,7 @@ def evaluate(
     reduce: Reduce = lambda sums: sums,
     each_batch: Callable[[], None] = lambda: None,
     rows: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Evaluation:
     """The bound of ``loss.pair`` over ``data``, without gradients; the caller's random state is restored.
 
@@ -86,6 +88,7 @@ def evaluate(
         reduce: sums a tensor over processes.
         each_batch: called after each batch; may raise to give up.
         rows: each datum's name in messages, LongTensor ``[N]``; None: its index.
+        labels: each datum's label, LongTensor ``[N]``, of a pair that is conditioned on labels; None: as the pair was given.
 
     Raises:
         TrainingDiverged: a term that is NaN or infinite; the message names site and datum.
@@ -109,14 +112,16 @@ def evaluate(
             if len(indices):
                 seed_noise(noise_seed(seed, b, rank), x.device)
                 x = binarize(x) if dynamic else x
-                terms = loss.terms(x)
+                with labelled(pair, rows_of(labels, indices)):
+                    terms, means = loss.terms(x), guide_means(pair, x, sites)
                 _refuse_not_finite(terms, indices.cpu() if rows is None else rows[indices.cpu()])
                 sums.add({name: term.detach().cpu().double() for name, term in terms.items()}, loss.latents)
-                units.add(guide_means(pair, x, sites))
+                units.add(means)
             each_batch()
         if sums.count == 0:  # this process had no share at all, but must know the shapes that it adds nothing to
             x = first_entry(data[0])[None].to(device)
-            units.add({site: torch.zeros_like(mean[:0]) for site, mean in guide_means(pair, x, sites).items()})
+            with labelled(pair, None if labels is None else probe_label(pair)):
+                units.add({site: torch.zeros_like(mean[:0]) for site, mean in guide_means(pair, x, sites).items()})
     count, elbo, rate, distortion, *rates = reduce(sums.totals()).tolist()
     mean = elbo / count
     squares = float(reduce(sums.squares_about(mean)))
@@ -192,6 +197,11 @@ def guide_means(pair: ModelGuidePair, x: Tensor, sites: tuple[str, ...]) -> dict
         numbers = law.event_shape[-1] if whole else 1
         means[site] = mean.movedim(data_dim, 0).reshape(len(x), -1, numbers).cpu().double()
     return means
+
+
+def rows_of(labels: Tensor | None, indices: Tensor) -> Tensor | None:
+    """The labels of some data, None where there are no labels or no data."""
+    return None if labels is None or not len(indices) else labels[indices.to(labels.device)]
 
 
 class _Sums:

@@ -23,6 +23,7 @@ from inference.training.config import ConfigError, TrainConfig
 from inference.training.datasets import DataSet
 from inference.training.items import FIRST_ITEMS, first_entry, num_items
 from inference.training.scaling import DataError, binarize
+from ppl_models.networks.labels import refuse_other_labels
 from ppl_models.pair import ModelGuidePair
 
 Data = Tensor | Dataset[Any]
@@ -40,6 +41,8 @@ class Inputs:
         validation_name: what they are, in words.
         rows: each training datum's index in the data as handed over, LongTensor ``[N]``.
         validation_rows: likewise of the validation data.
+        labels: each training datum's label, where the pair is conditioned on labels, LongTensor ``[N]``; None elsewhere.
+        validation_labels: likewise of the validation data.
     """
 
     train: Data
@@ -49,6 +52,8 @@ class Inputs:
     validation_name: str
     rows: Tensor
     validation_rows: Tensor
+    labels: Tensor | None = None
+    validation_labels: Tensor | None = None
 
 
 def prepare_inputs(pair: ModelGuidePair, dataset: DataSet, config: TrainConfig, dtype: torch.dtype) -> Inputs:
@@ -62,19 +67,25 @@ def prepare_inputs(pair: ModelGuidePair, dataset: DataSet, config: TrainConfig, 
     dynamic = dataset.binarization == "dynamic"
     train = _in_dtype(dataset.train, dtype, None if dynamic else pair, "train")
     everything = torch.arange(num_items(dataset.train))
+    labels, test_labels = _labels(pair, dataset)
     if config.validation_fraction > 0:
         kept, aside = _permuted(len(everything), config)
         name = f"{len(aside)} of the training data, put aside"
-        return Inputs(_take(train, kept), _take(train, aside), dynamic, dynamic, name, kept, aside)
+        own = (None, None) if labels is None else (labels[kept], labels[aside])
+        return Inputs(_take(train, kept), _take(train, aside), dynamic, dynamic, name, kept, aside, *own)
     if dataset.test is None:
         name = "the training data themselves (there are no held-out data)"
-        return Inputs(train, train, dynamic, dynamic, name, everything, everything)
+        return Inputs(train, train, dynamic, dynamic, name, everything, everything, labels, labels)
     test, test_rows = _in_dtype(dataset.test, dtype, pair, "test"), torch.arange(num_items(dataset.test))
-    return Inputs(train, test, dynamic, False, "the held-out part", everything, test_rows)
+    return Inputs(train, test, dynamic, False, "the held-out part", everything, test_rows, labels, test_labels)
 
 
-def fingerprint(dataset: DataSet) -> str:
+def fingerprint(dataset: DataSet, with_labels: bool = False) -> str:
     """SHA-256 over training and held-out data; of a Dataset over its first items, for it may not fit into memory.
+
+    Args:
+        dataset: the data.
+        with_labels: over their labels as well, where these are part of what is learned.
 
     Example:
         >>> a, b = (DataSet("points", torch.tensor([[0.0], [x]])) for x in (1.0, 2.0))
@@ -82,7 +93,7 @@ def fingerprint(dataset: DataSet) -> str:
         (True, False)
     """
     digest = hashlib.sha256()
-    for part in (dataset.train, dataset.test):
+    for part in (dataset.train, dataset.test, *([dataset.train_labels, dataset.test_labels] if with_labels else [])):
         if part is not None:
             x = part if isinstance(part, Tensor) else _first_items(part)
             digest.update(f"{x.dtype} {list(x.shape)}".encode())
@@ -131,6 +142,29 @@ def _check_fits(pair: ModelGuidePair, dataset: DataSet) -> None:
             pair.check_data(binarize(x, torch.Generator(x.device).manual_seed(0)) if grey else x, name)
         except ValueError as error:
             raise DataError(str(error)) from None
+
+
+def _labels(pair: ModelGuidePair, dataset: DataSet) -> tuple[Tensor | None, Tensor | None]:
+    """The labels of training and held-out data, where the pair is conditioned on labels; checked."""
+    count = pair.num_labels
+    if count is None:
+        return None, None
+    for name, part, labels in (
+        ("train_labels", dataset.train, dataset.train_labels),
+        ("test_labels", dataset.test, dataset.test_labels),
+    ):
+        if part is None:
+            continue
+        if labels is None:
+            raise DataError(
+                f"{name}: expected a label for each datum, for the pair is conditioned on {count} labels, got none; give them, "
+                "as in as_dataset(x, labels=y), or make the pair without num_labels"
+            )
+        try:
+            refuse_other_labels(labels, count, name)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+    return dataset.train_labels, dataset.test_labels
 
 
 def _first_items(data: Dataset) -> Tensor:

@@ -54,6 +54,7 @@ def fit(
     scaling: str | None = None,
     binarization: str | None = None,
     levels: int | None = None,
+    labels: Any = None,
     **options: Any,
 ) -> Run:
     """Trains a pair by stochastic variational inference: maximises the mean ELBO over data.
@@ -75,6 +76,8 @@ def fit(
             one of counts.
         binarization: of data in [0, 1]: "none", "dynamic" or "fixed".
         levels: number of levels of integer data.
+        labels: of a tensor, an array or a Dataset: a whole number a datum, for a pair that is conditioned on labels (a preset
+            with ``num_labels``); a data set has its own.
         options: fields of :class:`TrainConfig`. ``seed`` is that of batches and draws; the weights are as the pair has them, so
             seed torch before making it for the same ones again.
 
@@ -115,7 +118,7 @@ def fit(
         scaling, levels = "classes", levels or likelihood.num_classes  # type: ignore[union-attr]
     if scaling is None and getattr(likelihood, "takes_counts", False) and not isinstance(data, str | DataSet):
         scaling = "counts"
-    dataset = as_dataset(data, scaling=scaling, binarization=binarization, levels=levels)
+    dataset = as_dataset(data, scaling=scaling, binarization=binarization, levels=levels, labels=labels)
     spec = dataset.spec if spec is None else spec
     dtype = _DTYPES.get(config.precision or "", _dtype_of(pair))
     inputs = prepare_inputs(pair, dataset, config, dtype)
@@ -123,7 +126,7 @@ def fit(
         "format": FORMAT,
         **identity_of(pair),
         "dtype": str(dtype).removeprefix("torch."),
-        "data": {**dataset.describe(), "spec": spec, "sha256": fingerprint(dataset)},
+        "data": {**dataset.describe(), "spec": spec, "sha256": fingerprint(dataset, pair.num_labels is not None)},
         "validation": inputs.validation_name,
         "train": config.model_dump(),
     }

@@ -27,6 +27,7 @@ from inference.training.objectives import ElboLoss
 from inference.training.relaxed_objective import Annealing
 from ppl_models.diffusion import Diffusion
 from ppl_models.discrete_vae import CategoricalVAE, TooManyStatesError, refuse_too_many
+from ppl_models.networks.labels import labelled
 from ppl_models.pair import ModelGuidePair
 
 DIFFUSION = ("vlb", "simple", "hybrid")
@@ -167,10 +168,13 @@ class DiffusionBound(DiffusionLoss):
     def terms(self, x: Tensor) -> dict[str, Tensor]:
         """See the base class; means over the draws."""
         self._check(x)
-        repeated = x.repeat(self.draws, *[1] * (x.dim() - 1))
+        repeated = torch.arange(len(x), device=x.device).repeat(self.draws)
         t = self.sampler(len(repeated), x.device)
         size = max(1, NUMBERS_AT_ONCE // max(1, self.pair.output_shape.numel()))
-        parts = [self.terms_at(*rows) for rows in zip(repeated.split(size), t.split(size), strict=True)]
+        parts, labels = [], self.pair.labels
+        for rows, steps in zip(repeated.split(size), t.split(size), strict=True):
+            with labelled(self.pair, labels if labels is None or labels.dim() == 0 else labels[rows]):
+                parts.append(self.terms_at(x[rows], steps))
         return {name: torch.cat([part[name] for part in parts]).reshape(self.draws, -1).mean(0) for name in parts[0]}
 
 

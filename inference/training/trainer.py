@@ -25,7 +25,7 @@ from inference.training.checkpoints import CheckpointError
 from inference.training.config import TrainConfig
 from inference.training.display import TrainingDisplay
 from inference.training.divergence import REMEDY, TrainingDiverged, diagnose, first_bad_parameter
-from inference.training.evaluation import Evaluation, bits_per_dim, evaluate, layers
+from inference.training.evaluation import Evaluation, bits_per_dim, evaluate, layers, rows_of
 from inference.training.inputs import Inputs
 from inference.training.interrupts import StopRequest
 from inference.training.noise import BINARIZATION, TRAINING, VALIDATION, noise_seed, seed_noise
@@ -38,6 +38,7 @@ from inference.training.scaling import binarize
 from inference.training.stepping import Stepper
 from inference.training.stopping import EarlyStopping
 from ppl_models.diffusion import Diffusion
+from ppl_models.networks.labels import labelled
 from ppl_models.pair import ModelGuidePair
 
 COLLAPSE_DATA, COLLAPSE_DRAWS = 500, 10
@@ -159,12 +160,15 @@ class Trainer:
         if hasattr(self.loss, "anneal"):
             self.loss.anneal(self.step)
         self.optimization.clear()
-        rate, distortion, by_layer = self._backward(indices, x)
+        with labelled(self.loss, rows_of(self.inputs.labels, indices)):
+            rate, distortion, by_layer = self._backward(indices, x)
         norm = self.optimization.gradient_norm().item()
         bad = not math.isfinite(rate + distortion + norm)
         bad, stopped, save_is_due = in_any_process(bad, self.stop.asked, self._save_is_due())
         if bad:
-            self._diverged(first_text(self._diagnosis(indices, x)))
+            with labelled(self.loss, rows_of(self.inputs.labels, indices)):
+                found = self._diagnosis(indices, x)
+            self._diverged(first_text(found))
         self.optimization.step()
         self.sums += torch.tensor([float(len(indices)), rate, distortion, *by_layer], dtype=torch.float64)
         return stopped, save_is_due
@@ -268,6 +272,7 @@ class Trainer:
                     reduce=all_sum,
                     each_batch=self._leave_if_stopped,
                     rows=self.inputs.validation_rows,
+                    labels=self.inputs.validation_labels,
                 )
         except TrainingDiverged as error:
             raise TrainingDiverged(f"after step {self.step}, {error}") from None
@@ -277,7 +282,7 @@ class Trainer:
         count = min(COLLAPSE_DATA, len(self.inputs.validation_rows))
         if isinstance(self.pair, Diffusion) or not self.pair.bounds_evidence or count < 2:
             return ""
-        _, x = next(
+        indices, x = next(
             iter(
                 iterate(
                     self.inputs.validation, count, epoch=0, seed=0, shuffle=False, device=self.device, rank=0, world=1
@@ -289,7 +294,8 @@ class Trainer:
             with forked_rng():
                 seed_noise(self._seed(VALIDATION), self.device)
                 x = binarize(x) if self.inputs.validation_dynamic else x
-                units = active_units(self.model, x, num_particles=COLLAPSE_DRAWS)
+                with labelled(self.model, rows_of(self.inputs.validation_labels, indices)):
+                    units = active_units(self.model, x, num_particles=COLLAPSE_DRAWS)
         except NoMeanError:
             return ""
         return "\n".join(site.words() for site in units.sites.values() if site.count == 0)

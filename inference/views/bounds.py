@@ -25,6 +25,7 @@ from inference.bounds.terms import Decomposition
 from inference.generated import generate
 from ppl_models.diffusion import Diffusion
 from ppl_models.discrete_vae import CategoricalVAE
+from ppl_models.networks.labels import probe_label
 from ppl_models.pair import ModelGuidePair
 from ppl_models.vq_vae import VQVAE
 
@@ -68,7 +69,9 @@ def has_point_guide(pair: ModelGuidePair) -> bool:
     if isinstance(pair, Diffusion):
         return False
     with torch.no_grad(), forked_rng():
-        trace = poutine.trace(pair.guide).get_trace(generate(pair, 1)[1])
+        label = probe_label(pair)
+        one = pair if label is None else pair.given(label)
+        trace = poutine.trace(one.guide).get_trace(generate(one, 1)[1])
     return all(isinstance(bare_law(trace.nodes[site]["fn"]), dist.Delta) for site in pair.latent_sites)
 
 

@@ -162,7 +162,7 @@ def draw_film(
     kept = {visited[i] for i in np.linspace(0, len(visited) - 1, FILM_COLUMNS).round().astype(int)}
     count = FILM_ROWS if value_range is not None else FILM_POINTS
     trajectory = ancestral_trajectory(
-        pair, count, None if steps is None else visited, eta=eta, clip=clip, keep=[*kept, 0], seed=seed
+        pair.in_turn(count), count, None if steps is None else visited, eta=eta, clip=clip, keep=[*kept, 0], seed=seed
     )
     own = steps is None and eta == 1 and clip is None and isinstance(pair, DDPM)
     return draw_film_strip(film_strip(trajectory, count, interpolation(pair.process) if own else None), value_range)  # type: ignore[arg-type]

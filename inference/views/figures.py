@@ -150,7 +150,7 @@ def draw_samples(data: Samples, value_range: Range | None = None) -> Figure:
         if is_image(data.draws.shape[1:]):
             if data.means is not None:
                 panels["their means E[x | z]"] = data.means
-            columns = math.ceil(math.sqrt(count))
+            columns = len(data.columns) or math.ceil(math.sqrt(count))
             tiles = {name: to_rgb(values, value_range) for name, values in panels.items()}
             shape = tiles[drawn].shape[1:3]
             width, height = mosaic_inches(-(-count // columns), columns, shape)
@@ -162,7 +162,9 @@ def draw_samples(data: Samples, value_range: Range | None = None) -> Figure:
             for axes, (name, values) in zip(
                 figure.subplots(1, len(tiles), squeeze=False)[0], tiles.items(), strict=True
             ):
-                draw_mosaic(axes, values, columns)
+                mosaic = draw_mosaic(axes, values, columns)
+                if data.columns:
+                    axes.set_xticks(mosaic.x[: len(data.columns)], data.columns)
                 axes.set_title(name)
         else:
             flat = {name: values.reshape(len(values), -1) for name, values in panels.items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inference.bounds.sites import base_law
 from inference.views.plot_data import Array, to_array
-from inference.views.probing import activity, conditional_mean, guide_means, model_at_means
+from inference.views.probing import activity, at_first_label, conditional_mean, guide_means, model_at_means
 from inference.views.projection import coordinate_plane
 from ppl_models.pair import ModelGuidePair
 
@@ -70,7 +70,7 @@ def traversal(
     """Moves each latent dimension over the prior's quantiles Phi(t), t = -3..3, all others held.
 
     The value at t is F^-1(Phi(t)), with F the prior's distribution function: mean + t sd for a Gaussian. Latents above
-    the site are held too; those below follow at their conditional means.
+    the site are held too; those below follow at their conditional means. A pair that was given labels is shown at the first.
 
     Args:
         pair: the programs.
@@ -94,11 +94,12 @@ def traversal(
     site = _latent_site(pair, site)
     if steps < 2 or max_dims < 1:
         raise ValueError(f"expected steps >= 2 and max_dims >= 1, got {steps} and {max_dims}")
-    held = guide_means(pair, datum.unsqueeze(0)) if datum is not None else _prior_means(pair)
+    one = at_first_label(pair)
+    held = guide_means(one, datum.unsqueeze(0)) if datum is not None else _prior_means(one)
     above = {name: held[name] for name in pair.latent_sites[: pair.latent_sites.index(site)]}
     positions = torch.linspace(-3, 3, steps, dtype=torch.float64)
     moved = _quantiles(
-        site, model_at_means(pair, 1, above).nodes[site]["fn"], torch.special.ndtr(positions).to(x.device)
+        site, model_at_means(one, 1, above).nodes[site]["fn"], torch.special.ndtr(positions).to(x.device)
     )
     active = activity(guide_means(pair, x)[site])
     dims = active.argsort(descending=True, stable=True)[:max_dims]
@@ -107,7 +108,7 @@ def traversal(
         rows[row, :, dim] = moved[:, dim]
     count = len(dims) * steps
     latents = {name: value.expand(count, *value.shape[1:]) for name, value in above.items()}
-    means = conditional_mean(pair, latents | {site: rows.reshape(count, *held[site].shape[1:])})
+    means = conditional_mean(one, latents | {site: rows.reshape(count, *held[site].shape[1:])})
     return Traversal(
         site,
         tuple(dims.tolist()),

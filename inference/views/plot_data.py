@@ -47,13 +47,14 @@ class Reconstructions:
 class Samples:
     """Draws x ~ p(x), the means E[x | z] at the same z, and data to hold them against; ``[n, *data_shape]`` each.
 
-    ``law`` says what the draws were drawn from.
+    ``law`` says what the draws were drawn from, and ``columns`` names the labels that images are drawn at in turn.
     """
 
     draws: Array
     means: Array | None = None
     data: Array | None = None
     law: str = "x ~ p(x | z), z ~ p(z)"
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,36 @@ def samples(pair: ModelGuidePair, num: int, data: Tensor | None = None) -> Sampl
 
     Args:
         pair: the programs.
-        num: how many draws.
+        num: how many draws; of a pair that was given labels, of these in turn.
         data: real data ``[N, *data_shape]`` to show beside them.
     """
+    pair = pair.in_turn(num)
     if isinstance(pair, Diffusion):
-        return trajectory_samples(ancestral_trajectory(pair, num), data)
+        drawn = trajectory_samples(ancestral_trajectory(pair, num), data)
+        return replace(drawn, law=drawn.law + at_labels(pair))
     with torch.no_grad():
         trace = poutine.trace(pair.model).get_trace(size=num)
     node = trace.nodes[data_site(pair, trace)]
-    shown = Samples(to_array(node["value"]), to_array(data_mean(node["fn"])), None if data is None else to_array(data))
+    law = "x ~ p(x | z), z ~ p(z)" if pair.labels is None else f"x ~ p(x | z, y), z ~ p(z){at_labels(pair)}"
+    beside = None if data is None else to_array(data)
+    shown = Samples(to_array(node["value"]), to_array(data_mean(node["fn"])), beside, law)
     if not pair.bounds_evidence:
-        return replace(shown, law="x ~ p(x | z), z ~ N(0, I): an autoencoder has no p(z)")
+        return replace(shown, law=f"{law.replace('p(z)', 'N(0, I)')}: an autoencoder has no p(z)")
     return shown
+
+
+def at_labels(pair: ModelGuidePair) -> str:
+    """At which labels a pair is, in words; nothing where it knows of none.
+
+    Example:
+        >>> from ppl_models import LinearGaussian
+        >>> at_labels(LinearGaussian.random(data_dim=3, latent_dim=2))
+        ''
+    """
+    labels = pair.labels
+    if labels is None:
+        return ""
+    return f", at y = {int(labels)}" if labels.dim() == 0 else ", at the labels y in turn"
 
 
 def trajectory_samples(trajectory: Trajectory, data: Tensor | None = None) -> Samples:

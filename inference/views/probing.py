@@ -68,6 +68,12 @@ def model_at_means(pair: ModelGuidePair, size: int, latents: Mapping[str, Tensor
         return poutine.trace(poutine.condition(pair.model, data=dict(latents))).get_trace(size=size)
 
 
+def at_first_label(pair: ModelGuidePair) -> ModelGuidePair:
+    """The pair at one label for all data, the first that it was given; itself where it has none, or one for all."""
+    labels = pair.labels
+    return pair if labels is None or labels.dim() == 0 else pair.given(labels[0])
+
+
 def guide_means(pair: ModelGuidePair, x: Tensor) -> dict[str, Tensor]:
     """E_q[z | x] by latent site, ``[N, *event]`` each; deeper guide sites given the means of those before.
 
@@ -80,8 +86,9 @@ def guide_means(pair: ModelGuidePair, x: Tensor) -> dict[str, Tensor]:
     """
     chunks = []
     with torch.no_grad(), _AtMeans(pair):
-        for rows in x.split(ROWS_AT_ONCE):
-            trace = poutine.trace(pair.guide).get_trace(rows)
+        for i, rows in enumerate(x.split(ROWS_AT_ONCE)):
+            own = pair.of_rows(slice(i * ROWS_AT_ONCE, i * ROWS_AT_ONCE + len(rows)))
+            trace = poutine.trace(own.guide).get_trace(rows)
             chunks.append({site: trace.nodes[site]["value"] for site in pair.latent_sites})
     return {site: torch.cat([chunk[site] for chunk in chunks]) for site in pair.latent_sites}
 

@@ -29,7 +29,7 @@ from inference.printed import Printed
 from inference.views.drawing import draw_mosaic, mosaic_inches, style
 from inference.views.images import Array, Range, is_image, to_rgb
 from inference.views.plot_data import to_array
-from inference.views.probing import data_mean
+from inference.views.probing import at_first_label, data_mean
 from inference.views.tables import text_table
 from ppl_models.pair import ModelGuidePair
 
@@ -89,7 +89,7 @@ class Progressive(Printed):
 
 
 def progressive(pair: ModelGuidePair, num_redraws: int = 10, num_chains: int = 100, seed: int = 0) -> Progressive:
-    """Holds the top of the chain, ever more of it, and redraws the rest.
+    """Holds the top of the chain, ever more of it, and redraws the rest; of a pair that was given labels, at the first.
 
     Args:
         pair: the programs; their latent sites are a chain, top first.
@@ -116,6 +116,7 @@ def progressive(pair: ModelGuidePair, num_redraws: int = 10, num_chains: int = 1
         raise ValueError(
             f"expected num_redraws >= 2 and num_chains >= 2, got {num_redraws} and {num_chains}: a variance needs two draws"
         )
+    pair = at_first_label(pair)
     with torch.no_grad(), forked_rng():
         torch.manual_seed(seed)
         size = num_chains * num_redraws

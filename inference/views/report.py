@@ -70,6 +70,7 @@ _AUTOENCODER = (
     "A decoder p(x | z) and a code z = f(x), trained by maximising log p(x | z) less its penalties. There is no p(z), so what "
     f"stands below under ELBO is minus that loss and bounds no log p(x). {_UNITS}"
 )
+_GIVEN = " All networks are given the label y of each datum: every law here is one given y, and the bound one of log p(x | y)."
 INTRODUCTIONS = {"DDPM": _DIFFUSION, "D3PM": _DIFFUSION, "AutoEncoder": _AUTOENCODER}
 
 
@@ -175,11 +176,12 @@ def report_html(run: Run, x: Tensor, d: Decomposition, pictures: Mapping[str, Pi
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(TEMPLATE.read_text(encoding="utf-8"))
     pair, few = run.pair, x[:TRACED_DATA]
+    traced = pair.of_rows(slice(TRACED_DATA))
     by_t = isinstance(d, DiffusionDecomposition)
     return template.render(
         title=f"{type(pair).__name__} on {run.config['data']['name']}",
         headline=headline(run, x),
-        introduction=INTRODUCTIONS.get(type(pair).__name__, INTRODUCTION),
+        introduction=INTRODUCTIONS.get(type(pair).__name__, INTRODUCTION) + ("" if pair.num_labels is None else _GIVEN),
         facts=facts(run),
         words=words,
         terms=[] if by_t else list(term_rows(d)),
@@ -189,8 +191,8 @@ def report_html(run: Run, x: Tensor, d: Decomposition, pictures: Mapping[str, Pi
         num_particles=d.num_particles,
         note=d.note,
         pictures=pictures,
-        program=pair_table(pair, few),
-        mermaid=pair_mermaid(pair, few),
+        program=pair_table(traced, few),
+        mermaid=pair_mermaid(traced, few),
         configuration=yaml.safe_dump(run.config, sort_keys=False, default_flow_style=None).strip(),
     )
 
@@ -203,7 +205,7 @@ def _texts(run: Run) -> list[str]:
     from inference.ancestral import ancestral_sample
     from inference.training.text_data import decode, printable
 
-    return [printable(text) for text in decode(ancestral_sample(run.pair, NUM_TEXTS), alphabet)]
+    return [printable(text) for text in decode(ancestral_sample(run.pair.in_turn(NUM_TEXTS), NUM_TEXTS), alphabet)]
 
 
 def headline(run: Run, x: Tensor | None = None) -> list[tuple[str, str, str]]:

@@ -61,7 +61,12 @@ def pictures_of(run: Run, standard: Mapping[str, Entry]) -> dict[str, Entry]:
             chosen[file] = BOUND_BY_T if file == "terms.svg" and isinstance(pair, Diffusion) else entry
         if file == "samples.png" and file in chosen and len(pair.latent_sites) > 1:
             chosen |= FILM if isinstance(pair, Diffusion) else PROGRESSIVE
-    return chosen
+    if pair.num_labels is None:
+        return chosen
+    return {
+        file: (title, caption.replace(UNSEEN, "") + GIVEN_LABELS.get(file, ""), draw)
+        for file, (title, caption, draw) in chosen.items()
+    }
 
 
 def shown_range(data: Mapping[str, Any], x: Tensor | Array) -> Range | None:
@@ -113,7 +118,7 @@ def _learning_curve(shown: Shown) -> Figure:
 def _posterior(shown: Shown) -> Figure:
     from inference.posterior import first_scalars, plot_posterior, to_datatree
 
-    pair = shown.run.pair
+    pair = shown.run.pair.of_rows(slice(NUM_POSTERIOR_DATA))
     tree = to_datatree(pair, shown.x[:NUM_POSTERIOR_DATA], num_samples=NUM_POSTERIOR_DRAWS, groups=("posterior",))
     return plot_posterior(tree, var_names=pair.latent_sites, coords=first_scalars(tree, pair.latent_sites))
 
@@ -135,7 +140,8 @@ def _reconstructions(shown: Shown) -> Figure:
     from inference.views.figures import draw_reconstructions
 
     count = NUM_RECONSTRUCTED_POINTS if shown.value_range is None else NUM_RECONSTRUCTED_IMAGES
-    return draw_reconstructions(reconstructions(shown.run.pair, shown.x[:count]), shown.value_range)
+    pair = shown.run.pair.of_rows(slice(count))
+    return draw_reconstructions(reconstructions(pair, shown.x[:count]), shown.value_range)
 
 
 def _traversal(shown: Shown) -> Figure:
@@ -151,8 +157,17 @@ def _latent_map(shown: Shown) -> Figure:
 
 
 def _graph(shown: Shown) -> bytes:
-    return pair_svg(shown.run.pair, shown.x[:TRACED_DATA])
+    return pair_svg(shown.run.pair.of_rows(slice(TRACED_DATA)), shown.x[:TRACED_DATA])
 
+
+UNSEEN = " Labels, where there are any, were not seen in training."
+GIVEN_LABELS = {  # of a run that is conditioned on labels
+    "samples.png": " Each is drawn at the label of the datum in its place.",
+    "traversal.png": " At the label of the first datum.",
+    "progressive.png": " At the label of the first datum.",
+    "latent_map.svg": " The guide knows the label, so that z need not tell it: where labels part the plane, z still does.",
+    "film.png": " At the labels of the first data.",
+}
 
 PICTURES: dict[str, Entry] = {
     "learning_curve.svg": (
@@ -185,8 +200,7 @@ PICTURES: dict[str, Entry] = {
     ),
     "latent_map.svg": (
         "Latent map",
-        "Where the guide puts each datum, on the two most active dimensions. Labels, where there are any, were not seen in "
-        "training.",
+        f"Where the guide puts each datum, on the two most active dimensions.{UNSEEN}",
         _latent_map,
     ),
     "posterior.png": (

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ppl_models.networks.entries import flat_entries
+from ppl_models.networks.labels import stated_labels
 from ppl_models.networks.mlp import Decoder
 
 
@@ -27,6 +28,7 @@ class ArrayMLP(nn.Module):
         num_classes: when given, the input holds integers 0..num_classes-1 and enters one-hot.
         with_scale: return ``(loc, scale)`` with scale = exp(head) > 0 instead of one array.
         counts: the input holds counts and enters as log(1 + n).
+        num_labels: see :class:`ppl_models.networks.MLP`.
 
     Example:
         >>> import torch
@@ -43,13 +45,14 @@ class ArrayMLP(nn.Module):
         num_classes: int | None = None,
         with_scale: bool = False,
         counts: bool = False,
+        num_labels: int | None = None,
     ) -> None:
         super().__init__()
         self.input_shape = list(input_shape)
         self.num_classes = num_classes
         self.counts = counts
         width = math.prod(self.input_shape) * (num_classes or 1)
-        self.body = Decoder(width, output_shape, hidden, activation, with_scale)
+        self.body = Decoder(width, output_shape, hidden, activation, with_scale, num_labels)
 
     def forward(self, array: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The output for ``array`` ``[..., *input_shape]``."""
@@ -66,6 +69,7 @@ class ArrayMLP(nn.Module):
             "num_classes": self.num_classes,
             "with_scale": self.body.with_scale,
             "counts": self.counts,
+            **stated_labels(self.body.num_labels),
         }
 
 
@@ -77,6 +81,7 @@ def mirrored(
     num_classes: int | None = None,
     with_scale: bool = False,
     counts: bool = False,
+    num_labels: int | None = None,
 ) -> tuple[ArrayMLP, ArrayMLP]:
     """An encoder x -> ``[..., *latent_shape]`` and a decoder back to a likelihood's parameters, with ``hidden`` reversed.
 
@@ -88,6 +93,7 @@ def mirrored(
         num_classes: of class-valued data: one-hot in the encoder, the decoder's last axis.
         with_scale: the decoder returns ``(loc, scale)``.
         counts: the encoder reads log(1 + x).
+        num_labels: both read a label, see :class:`ppl_models.networks.MLP`.
 
     Example:
         >>> import torch
@@ -96,6 +102,10 @@ def mirrored(
         torch.Size([5, 8, 8])
     """
     output_shape = [*data_shape] if num_classes is None else [*data_shape, num_classes]
-    encoder = ArrayMLP(data_shape, latent_shape, hidden, activation, num_classes=num_classes, counts=counts)
-    decoder = ArrayMLP(latent_shape, output_shape, list(hidden)[::-1], activation, with_scale=with_scale)
+    encoder = ArrayMLP(
+        data_shape, latent_shape, hidden, activation, num_classes=num_classes, counts=counts, num_labels=num_labels
+    )
+    decoder = ArrayMLP(
+        latent_shape, output_shape, list(hidden)[::-1], activation, with_scale=with_scale, num_labels=num_labels
+    )
     return encoder, decoder

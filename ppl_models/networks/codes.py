@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.networks.entries import flat_entries
+from ppl_models.networks.labels import stated_labels
 from ppl_models.networks.mlp import MLP
 
 
@@ -64,6 +65,7 @@ class CodeEncoder(nn.Module):
         bounded: pass z through a sigmoid, so that each unit is an activity in (0, 1).
         k: keep the k largest units, see :class:`KSparse`; None keeps all.
         counts: x holds counts and enters as log(1 + x).
+        num_labels: see :class:`ppl_models.networks.MLP`.
 
     Raises:
         ValueError: k not in 1..latent_dim; see also :class:`ppl_models.networks.MLP`.
@@ -83,6 +85,7 @@ class CodeEncoder(nn.Module):
         bounded: bool = False,
         k: int | None = None,
         counts: bool = False,
+        num_labels: int | None = None,
     ) -> None:
         super().__init__()
         if k is not None and k > latent_dim:
@@ -93,10 +96,11 @@ class CodeEncoder(nn.Module):
         self.activation = activation
         self.num_classes = num_classes
         self.counts = counts
+        self.num_labels = num_labels
         self.bounded = bounded
         self.k = k
         self.keep = nn.Identity() if k is None else KSparse(k)
-        self.body = MLP([math.prod(data_shape) * (num_classes or 1), *hidden, latent_dim], activation)
+        self.body = MLP([math.prod(data_shape) * (num_classes or 1), *hidden, latent_dim], activation, num_labels)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` of shape ``[..., *data_shape]`` to ``[..., latent_dim]``."""
@@ -115,4 +119,5 @@ class CodeEncoder(nn.Module):
             "bounded": self.bounded,
             "k": self.k,
             "counts": self.counts,
+            **stated_labels(self.num_labels),
         }

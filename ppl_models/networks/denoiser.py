@@ -4,6 +4,8 @@
     with_variance      the same                      -> [*batch, *data_shape, 2]    the prediction, and v of the variance
     num_classes = K    int64 [*batch, *data_shape]   -> [*batch, *data_shape, K]    logits of x_0
 
+Those made with ``num_labels`` add a vector of the label y to the embedding of t (:mod:`ppl_models.networks.labels`).
+
 t is a LongTensor in 1..T that broadcasts against ``batch``; any number of leading dims is a batch. Networks do not know T.
 The last layer starts at zero: an untrained network predicts zero noise, or equal probabilities (Ho et al. 2020's code).
 """
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from ppl_models.arguments import sizes
 from ppl_models.networks.entries import rows_of
+from ppl_models.networks.labels import LabelShift, stated_labels
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
@@ -30,6 +33,7 @@ class Denoiser(nn.Module):
         data_shape: shape of one datum.
         num_classes: K when entries are class indices 0..K-1, None when they are real.
         with_variance: whether there is a second output per entry, the v of a learned variance.
+        num_labels: of how many labels a network knows that reads one beside x_t; None: of none.
 
     Attributes:
         inputs: features per entry that come in, 1 or K.
@@ -39,7 +43,13 @@ class Denoiser(nn.Module):
         ValueError: an empty shape, K < 2, or both options at once.
     """
 
-    def __init__(self, data_shape: Sequence[int], num_classes: int | None = None, with_variance: bool = False) -> None:
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        num_classes: int | None = None,
+        with_variance: bool = False,
+        num_labels: int | None = None,
+    ) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"expected num_classes >= 2, got {num_classes}: leave it out for real-valued data")
@@ -50,6 +60,7 @@ class Denoiser(nn.Module):
         self.data_shape = sizes("data_shape", data_shape)
         self.num_classes = num_classes
         self.with_variance = with_variance
+        self.num_labels = num_labels
         self.inputs = num_classes or 1
         self.outputs = num_classes or (2 if with_variance else 1)
 
@@ -99,7 +110,13 @@ class Denoiser(nn.Module):
             "data_shape": self.data_shape,
             "num_classes": self.num_classes,
             "with_variance": self.with_variance,
+            **stated_labels(self.num_labels),
         }
+
+
+def embedded(t: Tensor, time: nn.Module, label: LabelShift | None, batch: Sequence[int]) -> Tensor:
+    """The step as a vector, that of the datum's label added to it where there are labels: it broadcasts against the batch."""
+    return time(t) if label is None else label(time(t).expand(*batch, -1))
 
 
 def starting_at_zero(layer: Layer) -> Layer:

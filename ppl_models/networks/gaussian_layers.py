@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ppl_models.networks.entries import flat_entries
+from ppl_models.networks.labels import stated_labels
 from ppl_models.networks.mlp import ACTIVATIONS, MLP
 from ppl_models.networks.precision import at_least_float32
 
@@ -29,6 +30,7 @@ class LadderEncoder(nn.Module):
         activation: see :class:`ppl_models.networks.MLP`.
         num_classes: when given, the input holds integers 0..num_classes-1 and enters one-hot.
         counts: the input holds counts and enters as log(1 + n).
+        num_labels: see :class:`ppl_models.networks.MLP`.
 
     Raises:
         ValueError: no hidden layer, and what :class:`ppl_models.networks.MLP` refuses.
@@ -48,6 +50,7 @@ class LadderEncoder(nn.Module):
         activation: str = "tanh",
         num_classes: int | None = None,
         counts: bool = False,
+        num_labels: int | None = None,
     ) -> None:
         super().__init__()
         if not hidden:
@@ -58,8 +61,9 @@ class LadderEncoder(nn.Module):
         self.activation = activation
         self.num_classes = num_classes
         self.counts = counts
+        self.num_labels = num_labels
         inputs = (num_classes or 1) * math.prod(data_shape)
-        self.body = nn.Sequential(MLP([inputs, *hidden], activation), ACTIVATIONS[activation]())
+        self.body = nn.Sequential(MLP([inputs, *hidden], activation, num_labels), ACTIVATIONS[activation]())
         self.head = nn.Linear(self.hidden[-1], 2 * latent_dim)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,4 +82,5 @@ class LadderEncoder(nn.Module):
             "activation": self.activation,
             "num_classes": self.num_classes,
             "counts": self.counts,
+            **stated_labels(self.num_labels),
         }

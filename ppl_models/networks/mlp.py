@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ppl_models.arguments import sizes, whole_count
 from ppl_models.networks.entries import flat_entries
+from ppl_models.networks.labels import label_shift, stated_labels
 from ppl_models.networks.precision import at_least_float32
 
 Activation = Literal["tanh", "relu", "silu", "gelu"]
@@ -29,6 +30,8 @@ class MLP(nn.Sequential):
     Args:
         widths: input width, hidden widths, output width; at least two entries.
         activation: one of ``tanh``, ``relu``, ``silu``, ``gelu``.
+        num_labels: K, for networks that also read a label y in 0..K-1: after the first layer comes a
+            :class:`ppl_models.networks.LabelShift`, which is y one-hot beside the input.
 
     Raises:
         ValueError: fewer than two widths, a width below one, or an unknown activation.
@@ -38,21 +41,27 @@ class MLP(nn.Sequential):
         torch.Size([7, 4, 2])
     """
 
-    def __init__(self, widths: Sequence[int], activation: str = "tanh") -> None:
+    def __init__(self, widths: Sequence[int], activation: str = "tanh", num_labels: int | None = None) -> None:
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"expected at least two positive widths (input, ..., output), got {list(widths)}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"expected an activation among {', '.join(ACTIVATIONS)}, got {activation!r}")
         layers: list[nn.Module] = []
         for i in range(len(widths) - 1):
-            layers += [nn.Linear(widths[i], widths[i + 1]), ACTIVATIONS[activation]()]
+            shift = label_shift(num_labels if i == 0 else None, widths[i + 1])
+            layers += [
+                nn.Linear(widths[i], widths[i + 1]),
+                *([] if shift is None else [shift]),
+                ACTIVATIONS[activation](),
+            ]
         super().__init__(*layers[:-1])
         self.widths = list(widths)
         self.activation = activation
+        self.num_labels = num_labels
 
     def config(self) -> dict[str, object]:
         """Constructor arguments, JSON-able."""
-        return {"widths": self.widths, "activation": self.activation}
+        return {"widths": self.widths, "activation": self.activation, **stated_labels(self.num_labels)}
 
 
 class GaussianEncoder(nn.Module):
@@ -65,6 +74,7 @@ class GaussianEncoder(nn.Module):
         activation: see :class:`MLP`.
         num_classes: when given, x holds integers 0..num_classes-1 and enters one-hot.
         counts: x holds counts and enters as log(1 + x).
+        num_labels: see :class:`MLP`.
 
     Example:
         >>> loc, scale = GaussianEncoder((8, 8), latent_dim=3, hidden=(16,))(torch.zeros(5, 8, 8))
@@ -80,6 +90,7 @@ class GaussianEncoder(nn.Module):
         activation: str = "tanh",
         num_classes: int | None = None,
         counts: bool = False,
+        num_labels: int | None = None,
     ) -> None:
         super().__init__()
         self.data_shape = sizes("data_shape", data_shape)
@@ -88,8 +99,9 @@ class GaussianEncoder(nn.Module):
         self.activation = activation
         self.num_classes = num_classes
         self.counts = counts
+        self.num_labels = num_labels
         inputs = math.prod(self.data_shape) * (num_classes or 1)
-        self.body = MLP([inputs, *self.hidden, 2 * self.latent_dim], activation)
+        self.body = MLP([inputs, *self.hidden, 2 * self.latent_dim], activation, num_labels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` of shape ``[..., *data_shape]`` to ``(loc, scale)``, each ``[..., latent_dim]``."""
@@ -107,6 +119,7 @@ class GaussianEncoder(nn.Module):
             "activation": self.activation,
             "num_classes": self.num_classes,
             "counts": self.counts,
+            **stated_labels(self.num_labels),
         }
 
 
@@ -119,6 +132,7 @@ class Decoder(nn.Module):
         hidden: hidden widths.
         activation: see :class:`MLP`.
         with_scale: return ``(loc, scale)`` with scale = exp(head) > 0 instead of one array.
+        num_labels: see :class:`MLP`.
 
     Example:
         >>> Decoder(3, (8, 8), hidden=(16,))(torch.zeros(5, 3)).shape
@@ -132,6 +146,7 @@ class Decoder(nn.Module):
         hidden: Sequence[int] = (200, 200),
         activation: str = "tanh",
         with_scale: bool = False,
+        num_labels: int | None = None,
     ) -> None:
         super().__init__()
         self.latent_dim = whole_count("latent_dim", latent_dim)
@@ -139,8 +154,9 @@ class Decoder(nn.Module):
         self.hidden = sizes("hidden", hidden)
         self.activation = activation
         self.with_scale = with_scale
+        self.num_labels = num_labels
         outputs = math.prod(self.output_shape) * (2 if with_scale else 1)
-        self.body = MLP([self.latent_dim, *self.hidden, outputs], activation)
+        self.body = MLP([self.latent_dim, *self.hidden, outputs], activation, num_labels)
 
     def forward(self, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """``z`` of shape ``[..., latent_dim]`` to ``[..., *output_shape]`` (twice, with ``with_scale``)."""
@@ -159,4 +175,5 @@ class Decoder(nn.Module):
             "hidden": self.hidden,
             "activation": self.activation,
             "with_scale": self.with_scale,
+            **stated_labels(self.num_labels),
         }

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ppl_models.arguments import whole_count
-from ppl_models.networks.denoiser import Denoiser, starting_at_zero
+from ppl_models.networks.denoiser import Denoiser, embedded, starting_at_zero
+from ppl_models.networks.labels import label_shift
 from ppl_models.networks.time_embedding import TimeEmbedding
 
 
@@ -44,6 +45,7 @@ class ResidualMLP(Denoiser):
         with_variance: a second output per entry, for a learned variance.
         outputs: numbers per entry that come out, for a wrapper that says what they mean, such as
             :class:`ppl_models.networks.grid_denoiser.GridDenoiser`; None: one, two or K, by the two options above.
+        num_labels: see :class:`Denoiser`.
 
     Raises:
         ValueError: a width or number of blocks or outputs below one, ``outputs`` beside the options that it replaces, or
@@ -66,8 +68,9 @@ class ResidualMLP(Denoiser):
         num_classes: int | None = None,
         with_variance: bool = False,
         outputs: int | None = None,
+        num_labels: int | None = None,
     ) -> None:
-        super().__init__(data_shape, num_classes, with_variance)
+        super().__init__(data_shape, num_classes, with_variance, num_labels)
         if outputs is not None:
             if num_classes is not None or with_variance or outputs < 1:
                 raise ValueError(
@@ -79,6 +82,7 @@ class ResidualMLP(Denoiser):
         hidden, blocks = whole_count("hidden", hidden), whole_count("blocks", blocks)
         self.hidden = hidden
         self.time = TimeEmbedding(hidden)
+        self.label = label_shift(num_labels, hidden)
         self.first = nn.Linear(self.size * self.inputs, hidden)
         self.blocks = nn.ModuleList(_Block(hidden) for _ in range(blocks))
         self.last = nn.Sequential(
@@ -88,7 +92,7 @@ class ResidualMLP(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x_t ``[*batch, *data_shape]`` and t to the prediction or the logits."""
         batch = self.batch_shape(x_t)
-        embedding = self.time(t)
+        embedding = embedded(t, self.time, self.label, batch)
         h = self.first(self.features(x_t).reshape(*batch, -1))
         for block in self.blocks:
             h = block(h, embedding)

@@ -19,6 +19,7 @@ from torch.nn.functional import gelu
 
 from ppl_models.networks.denoiser import Denoiser, starting_at_zero
 from ppl_models.networks.entries import rows_of
+from ppl_models.networks.labels import label_shift, stated_labels
 from ppl_models.networks.time_embedding import TimeEmbedding
 
 _INITIAL_SCALE = 0.02
@@ -35,6 +36,7 @@ class TransformerDenoiser(Denoiser):
         heads: attention heads in each.
         neighbours: positions that C sees, an odd number; None leaves it out.
         time_conditioned: False leaves t out. Absorbing diffusion can do without it: the number of masked positions tells t.
+        num_labels: see :class:`Denoiser`.
 
     Raises:
         ValueError: a width that the heads do not divide, fewer than one layer or head, an even number of neighbours, or what
@@ -55,8 +57,9 @@ class TransformerDenoiser(Denoiser):
         heads: int = 4,
         time_conditioned: bool = True,
         neighbours: int | None = 7,
+        num_labels: int | None = None,
     ) -> None:
-        super().__init__(data_shape, num_classes)
+        super().__init__(data_shape, num_classes, num_labels=num_labels)
         if layers < 1 or heads < 1 or width < 1 or width % heads:
             raise ValueError(
                 f"expected layers, heads >= 1 and a width that heads divide, got layers={layers}, heads={heads}, width={width}"
@@ -69,6 +72,7 @@ class TransformerDenoiser(Denoiser):
         self.token = nn.Embedding(num_classes, width)
         self.place = nn.Parameter(_INITIAL_SCALE * torch.randn(self.size, width))
         self.time = TimeEmbedding(width) if time_conditioned else None
+        self.label = label_shift(num_labels, width)
         self.convolution = None if neighbours is None else nn.Conv1d(width, width, neighbours, padding=neighbours // 2)
         self.layers = nn.ModuleList(  # not nn.TransformerEncoder, whose layers all start as copies of one
             nn.TransformerEncoderLayer(
@@ -84,6 +88,8 @@ class TransformerDenoiser(Denoiser):
         h = rows_of(self.token.weight, x_t.reshape(-1, self.size)) + self.place
         if self.time is not None:
             h = h + self.time(t).expand(*batch, -1).reshape(-1, 1, self.width)
+        if self.label is not None:
+            h = h + self.label(h.new_zeros(*batch, self.width)).reshape(-1, 1, self.width)
         if self.convolution is not None:
             h = h + gelu(self.convolution(h.mT).mT)
         for layer in self.layers:
@@ -100,4 +106,5 @@ class TransformerDenoiser(Denoiser):
             "heads": self.heads,
             "time_conditioned": self.time is not None,
             "neighbours": self.neighbours,
+            **stated_labels(self.num_labels),
         }

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from ppl_models.networks.denoiser import Denoiser, starting_at_zero
+from ppl_models.networks.denoiser import Denoiser, embedded, starting_at_zero
+from ppl_models.networks.labels import label_shift
 from ppl_models.networks.time_embedding import TimeEmbedding
 
 _SMALLEST_SIDE = 8
@@ -82,6 +83,7 @@ class UNet(Denoiser):
         attention: let the pixels of the lowest resolution attend to each other.
         num_classes: K when entries are class indices 0..K-1.
         with_variance: a second output per entry, for a learned variance.
+        num_labels: see :class:`Denoiser`.
 
     Raises:
         ValueError: images too small or of another number of dimensions, widths that are not multiples of 4, fewer blocks
@@ -100,8 +102,9 @@ class UNet(Denoiser):
         attention: bool = False,
         num_classes: int | None = None,
         with_variance: bool = False,
+        num_labels: int | None = None,
     ) -> None:
-        super().__init__(data_shape, num_classes, with_variance)
+        super().__init__(data_shape, num_classes, with_variance, num_labels)
         self.image_shape = image_shape(data_shape)
         if min(self.image_shape[1:]) < _SMALLEST_SIDE:
             raise ValueError(
@@ -115,6 +118,7 @@ class UNet(Denoiser):
         self.blocks = blocks
         width = 4 * channels[0]
         self.time = TimeEmbedding(width)
+        self.label = label_shift(num_labels, width)
         self.first = nn.Conv2d(self.image_shape[0] * self.inputs, channels[0], 3, padding=1)
         entering = [channels[0], *channels[:-1]]
         self.down = nn.ModuleList(
@@ -142,7 +146,7 @@ class UNet(Denoiser):
         batch = self.batch_shape(x_t)
         channels, height, width = self.image_shape
         images = self.features(x_t).reshape(-1, channels, height, width, self.inputs)
-        embedding = self.time(t).expand(*batch, -1).reshape(len(images), -1)
+        embedding = embedded(t, self.time, self.label, batch).expand(*batch, -1).reshape(len(images), -1)
         out = self._pixels(images.movedim(-1, 2).flatten(1, 2), embedding)
         out = out.reshape(-1, channels, self.outputs, height, width).movedim(2, -1)
         return self.output(out.reshape(*batch, *self.data_shape, self.outputs))
