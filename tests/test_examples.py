@@ -15,6 +15,7 @@ TESTED = {
     "autoencoders",  # in test_examples_autoencoders.py, as is why_it_blurs
     "discrete_gradients",
     "evidence_and_gap",
+    "given_labels",
     "hvae_progressive",
     "ladder_of_bounds",
     "markov_chains_forget",
@@ -67,6 +68,17 @@ def test_vae_on_digits(tmp_path, capsys):
     assert numbers["elbo"] < 0
     assert (tmp_path / "posterior.nc").is_file()
     assert "mean" in capsys.readouterr().out
+
+
+def test_given_labels(tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    numbers = _load("given_labels").main(
+        epochs=8, ddpm_epochs=1, num_particles=10, num_test=40, out=tmp_path / "given.png"
+    )
+    assert numbers["accuracy"] > 0.3  # of guesses a tenth: above it but once in 10^4, of 40
+    assert numbers["information"] < 2.302586  # log 10, whatever the draws
+    assert (tmp_path / "given.png").is_file()
+    assert "most probable label" in capsys.readouterr().out
 
 
 def test_ladder_of_bounds(tmp_path, capsys):

@@ -129,6 +129,7 @@ def test_description_rebuilds_the_pair_or_says_why_not(case, pair, x):
         return
     other = build(describe(pair)).to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
     other.load_state_dict(pair.state_dict())
+    other = other if pair.labels is None else other.given(pair.labels)  # which are beside the pair, as data are
     assert _elbo(case, pair, x) == _elbo(case, other.train(pair.training), x)
 
 

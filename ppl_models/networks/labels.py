@@ -1,11 +1,13 @@
 """What a network knows of a label y in 0..K-1: a vector for each, added to a hidden layer.
 
-    h <- h + V[y],      V in R^{K x width}, zero at the start
+    h <- h + V[y],      V in R^{K x width}, N(0, 1) at the start
 
-which for a layer of an MLP is the same as to hand it y one-hot beside its input. A program whose networks hold such layers is
-one for each label, p(x, z | y) and q(z | x, y): semi-supervised learning's M2 with y observed (Kingma et al. 2014,
-arXiv:1406.5298, eq. 2), conditional VAEs (Sohn et al. 2015), class-conditional diffusion (Nichol and Dhariwal 2021,
-arXiv:2102.09672, section 6).
+which for a layer of an MLP is the same as to hand it y one-hot beside its input. V starts as large as the layer's own numbers:
+with a V of zeros a VAE's z learns what the label says before the label does, and does not unlearn it.
+
+A program whose networks hold such layers is one for each label, p(x, z | y) and q(z | x, y): semi-supervised learning's M2 with
+y observed (Kingma et al. 2014, arXiv:1406.5298, eq. 2), conditional VAEs (Sohn et al. 2015), class-conditional diffusion
+(Nichol and Dhariwal 2021, arXiv:2102.09672, section 6).
 
 The labels are handed over beside the data and not with them, as a buffer of each layer, so that no program or network has an
 argument more: :meth:`ppl_models.ModelGuidePair.given` for looking at a pair, :func:`labelled` around steps of training.
@@ -57,7 +59,7 @@ class LabelShift(nn.Module):
         super().__init__()
         num_labels, width = whole_count("num_labels", num_labels), whole_count("width", width)
         self.num_labels = num_labels
-        self.weight = nn.Parameter(torch.zeros(num_labels, width))
+        self.weight = nn.Parameter(torch.randn(num_labels, width))
         self.register_buffer("labels", torch.empty(0, dtype=torch.int64), persistent=False)
 
     def forward(self, h: Tensor) -> Tensor:
