@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_flatten
 
 from inference.bounds.particles import forked_rng
 from inference.training.flat_graph import Backend, FlatGraph, InPlaceError, Sample
-from inference.training.inductor import compile_graph, options_of
+from inference.training.inductor import compile_graph, lowered, options_of
 from inference.training.module_state import ModuleState
 from inference.training.traceability import (
     NotTraceableError,
@@ -242,7 +242,7 @@ class CompiledObjective(nn.Module):
         assert self._backend is not None
         started = time.perf_counter()
         try:
-            traced.graph.compile(self._backend, inputs)
+            traced.graph.compile(self._backend, inputs, self._lower if self._backend == self._inductor else None)
         except Exception as error:  # whatever a compiler may raise: the flat graph is right without it
             self._backend = None
             reason = " ".join(str(error).split())[:200]
@@ -256,6 +256,9 @@ class CompiledObjective(nn.Module):
 
     def _inductor(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Any:
         return compile_graph(graph, inputs, self._options)
+
+    def _lower(self, graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
+        return lowered(graph, inputs, self._options)
 
     def _trace(self, inputs: list[Tensor]) -> FlatGraph:
         """The flat graph, checked against the loss; random state and buffers stay as they were."""

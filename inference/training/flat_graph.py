@@ -35,6 +35,7 @@ from inference.training.inductor import Boxed
 __all__ = ["Backend", "FlatGraph", "InPlaceError", "Sample", "without_autocast"]
 
 Backend = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
+Lower = Callable[[GraphModule, list[Tensor]], GraphModule]
 Run = Callable[[Tensor], Any]
 Replaced = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
 
@@ -92,11 +93,11 @@ class FlatGraph:
         self.num_kept = self.num_values + len(self.mutated)
         self.replays = False  # whether a CUDA graph owns the memory of what the halves return
         joint, self.reached = _trace(run, replaced, sample)
+        self._joint, self._cotangents = joint, sample.cotangents()  # for a compiler, which may cut it elsewhere
         self.forward: Callable[..., Any] = joint
         self.backward: Callable[..., Any] | None = None
         if any(self.differentiable):
-            halves = min_cut_rematerialization_partition(joint, None, num_fwd_outputs=self.num_kept)
-            self.forward, self.backward = halves
+            self.forward, self.backward = self._cut(joint)
         self.num_operations = sum(
             node.op == "call_function"
             for half in (self.forward, self.backward)
@@ -119,8 +120,14 @@ class FlatGraph:
         ]
         return tree_unflatten(leaves, self.spec)
 
-    def compile(self, backend: Backend, inputs: Sequence[Tensor]) -> None:
+    def _cut(self, joint: GraphModule) -> tuple[GraphModule, GraphModule]:
+        """The two halves, with as little as can be kept between them."""
+        return min_cut_rematerialization_partition(joint, None, num_fwd_outputs=self.num_kept)
+
+    def compile(self, backend: Backend, inputs: Sequence[Tensor], lower: Lower | None = None) -> None:
         """Hands both halves to ``backend(graph, example inputs)``; they stay as they are where it fails.
+
+        With ``lower``, the graph is cut anew in the operations that it is lowered to.
 
         Random state and buffers are left as they were.
         """
@@ -128,9 +135,12 @@ class FlatGraph:
             tensor.detach().clone() if i in self.mutated else tensor.detach() for i, tensor in enumerate(inputs)
         ]
         with torch.no_grad(), forked_rng(), without_autocast(arguments[-1].device.type):
-            forward = backend(copy.deepcopy(self.forward), arguments)  # type: ignore[arg-type]
+            forward, backward = self.forward, self.backward
+            if lower is not None and backward is not None:
+                joint = lower(copy.deepcopy(self._joint), [*arguments, *self._cotangents])
+                forward, backward = self._cut(_tidied(joint, len(arguments)))
+            forward = backend(copy.deepcopy(forward), arguments)  # type: ignore[arg-type]
             outputs = _called(forward, list(arguments))
-            backward = self.backward
             if backward is not None:
                 values = zip(outputs, self.differentiable, strict=False)
                 cotangents = [_ones_like(value) for value, differentiable in values if differentiable]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["Boxed", "compile_graph", "options_of"]
+__all__ = ["Boxed", "compile_graph", "lowered", "options_of"]
 
 
 class Boxed:
@@ -42,6 +42,25 @@ class Boxed:
         return self.function(arguments)
 
 
+def lowered(graph: GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]) -> GraphModule:
+    """The graph in inductor's own operations, smaller ones than PyTorch's.
+
+    What a backward pass can do again, from less than a forward pass has to keep otherwise, shows only in these.
+
+    Args:
+        graph: as in :mod:`inference.training.flat_graph`.
+        inputs: examples of its arguments.
+        options: inductor's settings for it, which also say whose random numbers are meant.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, at what it imports itself
+        from torch._inductor import config
+        from torch._inductor.decomposition import select_decomp_table
+
+        with config.patch(options), torch.no_grad():
+            return make_fx(graph, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
+
+
 def compile_graph(graph: GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]) -> Boxed:
     """The graph as machine code.
 
@@ -57,13 +76,12 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor], options: dict[st
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's, at what it imports itself
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
-        from torch._inductor.decomposition import select_decomp_table
         from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
         with config.patch(options), torch.no_grad():
-            lowered = make_fx(graph, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
-            joint_graph_passes(lowered)
-            return Boxed(compile_fx_inner(lowered, list(inputs)))
+            own = lowered(graph, inputs, options)
+            joint_graph_passes(own)
+            return Boxed(compile_fx_inner(own, list(inputs)))
 
 
 def options_of(mode: str | None) -> dict[str, Any]:

@@ -139,7 +139,11 @@ def at_labels(pair: ModelGuidePair) -> str:
     labels = pair.labels
     if labels is None:
         return ""
-    return f", at y = {int(labels)}" if labels.dim() == 0 else ", at the labels y in turn"
+    return (
+        f", at y\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{int(labels)}"
+        if labels.dim() == 0
+        else ", at the labels y in turn"
+    )
 
 
 def trajectory_samples(trajectory: Trajectory, data: Tensor | None = None) -> Samples:

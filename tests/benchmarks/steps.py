@@ -53,7 +53,7 @@ from tests.benchmarks.families import FAMILIES, Family, network_alone
 from tests.benchmarks.other_libraries import diffusers_loss, is_installed, pythae_loss
 
 Step = Callable[[], Tensor]
-RATIOS = (  # what issue 7's aims are about
+RATIOS = (  # what the aims are about
     ("ours compiled", "by hand"),
     ("ours compiled", "by hand compiled"),
     ("SVI Trace_ELBO", "ours compiled"),
