@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -126,7 +127,7 @@ def run(arguments: Sequence[str]) -> int:
             last = (str(error).strip().splitlines() or [""])[-1]
             _say(f"unexpected {type(error).__name__}: {last}; this is a fault of ppl, PPL_DEBUG=1 shows where")
             return 1
-        _say(str(error).partition("\nTrace Shapes:")[0])  # which Pyro adds to what is raised within a program
+        _say(re.split(r"\s+Trace Shapes:", str(error))[0])  # which Pyro adds to what is raised within a program
         return 1 if _is_own_failure(error) else 2
     return status or 0
 

@@ -180,7 +180,8 @@ def gold_standard(
     total = len(x) * num_chains * (warmup + num_samples)
     with Progress("running NUTS", total, unit="draws") as progress:
         for i in range(len(x)):
-            chains = [_chain(pair, x[i : i + 1], num_samples, warmup, progress.advance) for _ in range(num_chains)]
+            own = pair.of_rows(slice(i, i + 1))
+            chains = [_chain(own, x[i : i + 1], num_samples, warmup, progress.advance) for _ in range(num_chains)]
             runs.append({key: np.stack([chain[key] for chain in chains]) for key in chains[0]})
     draws = {key: np.stack([run[key] for run in runs], 2) for key in runs[0]}  # [chain, draw, data, *event]
     diverging = draws.pop("diverging")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ppl_models.arguments import sizes
 from ppl_models.data_checks import refuse_other_than_tensor
-from ppl_models.networks.labels import given_labels, label_layers, num_labels_of
+from ppl_models.networks.labels import given_labels, label_layers, num_labels_of, refuse_other_count
 
 
 class ModelGuidePair(nn.Module, ABC):
@@ -115,12 +115,15 @@ class ModelGuidePair(nn.Module, ABC):
         ``num_labels=K``. All that takes a pair or its programs takes this one: terms, evidence, samplers, traces. In a
         training loop of your own :func:`ppl_models.networks.labelled` costs less.
 
+        Training or evaluation mode is as it is at the call, and the new pair's own from then on. Move a pair to another
+        device or dtype before the call. A submodule that it also holds elsewhere, as in a dictionary, is not followed there.
+
         Args:
             y: int64 ``[B]``, for the B data that the programs will see, or one number for any data.
 
         Raises:
-            ValueError: a pair without labels, labels of another shape, or one outside 0..K-1. At a call of the programs: data
-                of another number than labels.
+            ValueError: a pair without labels, labels of another shape, or one outside 0..K-1; networks wrapped by
+                ``torch.compile``. At a call of the programs: data of another number than labels.
             TypeError: labels that are no whole numbers.
 
         Example:
@@ -130,7 +133,9 @@ class ModelGuidePair(nn.Module, ABC):
             >>> pair.given(3).model(size=5).shape, pair.given([3, 1, 4]).model(size=3).shape
             (torch.Size([5, 8, 8]), torch.Size([3, 8, 8]))
         """
-        return given_labels(self, y)
+        given = given_labels(self, y)
+        given._unannounced = False
+        return given
 
     @property
     def num_labels(self) -> int | None:
@@ -154,7 +159,7 @@ class ModelGuidePair(nn.Module, ABC):
             tensor([2, 1])
         """
         labels = self.labels
-        return self if labels is None or labels.dim() == 0 else self.given(labels[rows])
+        return self if labels is None or labels.dim() == 0 else self.given(labels[rows].reshape(-1))
 
     def in_turn(self, count: int) -> Self:
         """The pair for ``count`` draws of its own, of the labels that it was given, one after the other and over again.
@@ -192,6 +197,7 @@ class ModelGuidePair(nn.Module, ABC):
                 raise ValueError("expected data x to score or size=B to generate B data; got neither: pass one of them")
             if size < 1:
                 raise ValueError(f"expected size >= 1, got {size}: ask for at least one datum")
+            self._check_labels(size)
             return size
         refuse_other_than_tensor(x, "x")
         n = len(self.data_shape)
@@ -205,7 +211,13 @@ class ModelGuidePair(nn.Module, ABC):
             raise ValueError(f"expected at least one datum, got x of shape {list(x.shape)}: leave out the empty batch")
         if size is not None and size != rows:
             raise ValueError(f"expected size to be left out when x is given, got size={size} and {rows} rows")
+        self._check_labels(rows)
         return rows
+
+    def _check_labels(self, count: int) -> None:
+        labels = self.labels
+        if labels is not None and labels.dim() == 1:
+            refuse_other_count(labels, count)
 
     def announce(self, *submodules: str) -> None:
         """Emits one Pyro ``param`` site per parameter of the named submodules (or of a bare parameter).

@@ -101,6 +101,39 @@ def test_labels_of_other_files_go_by_name(capsys, table, trained):
     refuse(capsys, "terms", trained, "--data", f"csv:{table / 'none.csv'}", match=match)
 
 
+def test_labels_that_are_numbers_are_those_numbers(capsys, table):
+    """Labels 9, 10 and 11 of a table have places 0, 1 and 2, in the order of numbers; other files and --label name them so."""
+    rng = np.random.default_rng(1)
+    y = np.array([9, 10, 11] * 20)
+    x = np.array([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])[y - 9] + rng.normal(size=(60, 2))
+    with (table / "n.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("k", "a", "b"), *((k, *row) for k, row in zip(y, x.tolist(), strict=True))])
+    np.savez(table / "n.npz", train=x, train_labels=y)
+    np.savez(table / "low.npz", train=x, train_labels=y - 9)
+    call = [
+        "train",
+        "vae",
+        "--data",
+        f"csv:{table / 'n.csv'}@k",
+        "--given-labels",
+        "--scaling",
+        "none",
+        "--epochs",
+        "1",
+    ]
+    succeed(capsys, *call, "--hidden", "4", "--threads", "1", "--out", table / "numbers")
+    for data in (f"csv:{table / 'n.csv'}@k", f"npz:{table / 'n.npz'}"):
+        assert open_run(table / "numbers", data).pair.labels.tolist() == (y - 9).tolist()
+    refuse(capsys, "terms", table / "numbers", "--data", f"npz:{table / 'low.npz'}", match="9, 10, 11, got '0'")
+    np.savez(table / "gaps.npz", train=x, train_labels=(y - 9) * 100)
+    call = ["train", "vae", "--data", f"npz:{table / 'gaps.npz'}", "--likelihood", "normal", *call[4:]]
+    with pytest.warns(UserWarning, match="198 of the labels 0..200 never occur in training"):
+        succeed(capsys, *call, "--hidden", "4", "--threads", "1", "--out", table / "gaps")
+    told = ["--out", table / "nine.npz", "-n", "5", "--label"]
+    assert "at y\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}9" in succeed(capsys, "sample", table / "numbers", *told, "9")
+    refuse(capsys, "sample", table / "numbers", *told[2:], "0", "--out", table / "0.npz", match="9, 10, 11, got '0'")
+
+
 def test_labels_are_asked_for_where_there_are_none(capsys, table):
     call = ["train", "vae", "--data", f"csv:{table / 'none.csv'}", "--given-labels", "--out", table / "new"]
     refuse(capsys, *call, match="given_labels: expected data with labels.*csv:FILE@COLUMN")

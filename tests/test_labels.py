@@ -15,14 +15,20 @@ from torch import Tensor, nn
 
 from inference import (
     ElboLoss,
+    EnumeratedLoss,
     ancestral_sample,
     compile_objective,
     decompose_diffusion,
     decompose_elbo,
+    decompose_forward,
     evidence_ladder,
+    gold_standard,
     log_evidence,
     simulation_based_calibration,
+    total_error,
 )
+from inference.views.latent_data import traversal
+from inference.views.probing import guide_means
 from ppl_models import D3PM, DDPM, HVAE, VAE, VQVAE, AutoEncoder, CategoricalVAE, ModelGuidePair
 from ppl_models.likelihoods import Bernoulli, Categorical, DiscretizedNormal, Normal
 from ppl_models.networks import MLP, Decoder, GaussianEncoder, LabelShift, TransformerDenoiser, UNet, labelled
@@ -318,6 +324,8 @@ def test_given_shares_parameters_and_leaves_the_pair_as_it_was() -> None:
         (-1, ValueError, r"labels: expected whole numbers in 0..2, got -1"),
         ([[0, 1]], ValueError, r"labels of shape \[B\], one a datum, or one number for all, got \[1, 2\]"),
         ([], (TypeError, ValueError), "expected labels"),
+        ("1", TypeError, "labels as whole numbers 0..2, got '1'"),
+        (["a"], TypeError, "labels as whole numbers 0..2"),
     ],
 )
 def test_bad_labels_are_refused(labels: object, error: type[Exception], match: str) -> None:
@@ -341,3 +349,79 @@ def test_missing_and_mismatched_labels_are_refused() -> None:
     mixed = VAE(GaussianEncoder((2,), 1, num_labels=2), Decoder(1, (2,), num_labels=3), 1, Normal())
     with pytest.raises(ValueError, match=r"one number of labels in all networks, got \[2, 3\]"):
         mixed.given(0)
+
+
+def test_enumerated_latents_meet_the_labels_of_their_data() -> None:
+    """All z at once for every datum: the exact evidence and bound are those label by label, whose sum over z is spelled out."""
+    pair, y = make("categorical-vae"), [0, 2, 1, 1, 0]
+    x = pair.given(y).model(size=5).detach()
+    exact = pair.given(y).log_evidence(x)
+    bound = -EnumeratedLoss(pair.given(y))(x)
+    for i, label in enumerate(y):
+        one = pair.given(label)
+        torch.testing.assert_close(exact[i : i + 1], one.log_evidence(x[i : i + 1]))
+        torch.testing.assert_close(bound[i : i + 1], -EnumeratedLoss(one)(x[i : i + 1]))
+    assert (pair.given([1, 0, 2, 2, 1]).log_evidence(x) - exact).abs().min() > 1e-3
+
+
+def test_nuts_runs_at_the_label_of_each_datum() -> None:
+    """The exact posterior mean of z, within five standard errors of some sixty effective draws."""
+    oracle, y = LinearOnLabels(), torch.tensor([0, 2])
+    pair, x = oracle.pair(), torch.zeros(2, 2)
+    tree = gold_standard(pair.given(y), x, num_chains=2, num_samples=100, warmup=50)
+    with torch.no_grad():
+        loc, scale = pair.given(y).encoder(x)  # set to the posterior by numpy
+    drawn = torch.as_tensor(tree["posterior"]["z"].values).reshape(-1, 2, 1).mean(0)
+    assert ((drawn - loc).abs() < 5 * scale / math.sqrt(60)).all()
+    assert ((drawn.flip(0) - loc).abs() > 5 * scale / math.sqrt(60)).all()
+
+
+@pytest.mark.parametrize("count", [3, 5, 12])
+def test_as_many_labels_as_data_are_asked_for_wherever_data_are_cut(count: int) -> None:
+    """12 labels are as many as rows of 4 data and 3 particles, flattened for a network of one's own."""
+    y, x = torch.arange(count) % K, torch.randint(3, (4, 1))
+    diffusion = D3PM(LawOfLabel(), uniform(3, 2), (1,), 3).given(y)
+    vae = LinearOnLabels().pair().given(y)
+    for call in (
+        lambda: decompose_diffusion(diffusion, x, 3, seed=0),
+        lambda: decompose_forward(diffusion, x, 3, seed=0),
+        lambda: guide_means(vae, torch.zeros(4, 2)),
+        lambda: decompose_elbo(vae.model, vae.guide, torch.zeros(4, 2)),
+    ):
+        with pytest.raises(ValueError, match=f"expected a label for each of 4 data, got {count} labels"):
+            call()
+
+
+def test_given_labels_are_a_copy_of_the_callers() -> None:
+    pair, y = LinearOnLabels().pair(), torch.tensor([0, 1])
+    given = pair.given(y)
+    y[0] = 2
+    assert given.labels.tolist() == [0, 1]
+
+
+def test_the_mode_of_a_given_pair_is_its_own() -> None:
+    encoder = nn.Sequential(nn.Dropout(0.5), GaussianEncoder((2,), 1, hidden=(), num_labels=K))
+    pair = VAE(encoder, Decoder(1, (2,), hidden=(), num_labels=K), 1, Normal()).train()
+    given = pair.given(1).eval()
+    assert not given.encoder[0].training
+    assert pair.encoder[0].training
+    assert pair.given(2).encoder[0].training
+
+
+def test_networks_that_call_an_original_are_refused() -> None:
+    encoder = torch.compile(GaussianEncoder((2,), 1, hidden=(), num_labels=K), backend="eager")
+    pair = VAE(encoder, Decoder(1, (2,), hidden=(), num_labels=K), 1, Normal())
+    with pytest.raises(ValueError, match=r"not wrapped by torch.compile.*use labelled\(pair, y\)"):
+        pair.given(0)
+
+
+def test_a_traversal_about_a_datum_wants_its_label() -> None:
+    pair, x = LinearOnLabels().pair(), torch.randn(3, 2)
+    with pytest.raises(ValueError, match="one label for all with a datum"):
+        traversal(pair.given([2, 1, 0]), x, datum=x[1])
+    assert traversal(pair.given(1), x, datum=x[1]).means.shape[-1] == 2
+
+
+def test_a_density_of_x_alone_is_no_measure_of_x_given_labels() -> None:
+    with pytest.raises(ValueError, match="the density of x given its label"):
+        total_error(LinearOnLabels().pair().given(1), torch.zeros(3, 2), "two_moons")

@@ -110,7 +110,7 @@ def total_error(
         pair: the programs.
         x: data ``[N, *data_shape]``, drawn independently from the density.
         density: log p_data: a function ``[N, *data_shape]`` -> ``[N]`` nats, or the name of a toy density of
-            :data:`inference.training.densities.TOY_DENSITIES`.
+            :data:`inference.training.densities.TOY_DENSITIES`. Of a pair that was given labels, that of x given its label.
         log_evidence: log p(x): a tensor ``[N]`` where it is exact, or an estimate with ``log_evidence``. None calls
             :func:`inference.log_evidence`; as that is a lower bound, the modelling error is then an upper bound and the
             inference error a lower bound.
@@ -135,6 +135,11 @@ def total_error(
     pair.check_data(x)
     if len(x) < 2:
         raise ValueError(f"expected at least two data, got {len(x)}: one has no standard error")
+    if isinstance(density, str) and pair.labels is not None:
+        raise ValueError(
+            f"expected the density of x given its label, for the pair was given labels, got {density!r}, which is that of x "
+            "alone: pass a function"
+        )
     with torch.no_grad():
         log_data = log_density(density, x) if isinstance(density, str) else density(x)
         log_data = _per_datum("density", log_data, len(x))

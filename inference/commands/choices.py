@@ -24,6 +24,7 @@ quantised data: it is valid on any scaling, so whether counts 0..255 are meant m
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,7 +157,15 @@ def _num_labels(data: DataSet, spec: str) -> int:
     if data.label_names is not None:
         return len(data.label_names)
     parts = [labels for labels in (data.train_labels, data.test_labels) if labels is not None and len(labels)]
-    return max(int(labels.max()) for labels in parts) + 1
+    count = max(int(labels.max()) for labels in parts) + 1
+    seen = len(data.train_labels.unique())
+    if seen < count:
+        warnings.warn(
+            f"given_labels: {count - seen} of the labels 0..{count - 1} never occur in training, so that nothing is learned of "
+            "them; number those there are without gaps",
+            stacklevel=2,
+        )
+    return count
 
 
 @contextmanager

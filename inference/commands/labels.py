@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from inference.training.runs import Run
+from inference.views.plot_data import at_labels
 from ppl_models.pair import ModelGuidePair
 
 MAX_COLUMNS = 32
@@ -13,7 +14,7 @@ def given_label(run: Run, label: str | None) -> ModelGuidePair:
 
     Args:
         run: from :func:`inference.load_run`.
-        label: a number 0..K-1, or a name that the run's data give to one.
+        label: a name that the run's data give to one, or its number 0..K-1 where no name is a number itself.
 
     Raises:
         ValueError: a label of a run that is not conditioned on labels, or one that it does not know.
@@ -39,10 +40,18 @@ def given_label(run: Run, label: str | None) -> ModelGuidePair:
     names = _names(run, count)
     if label in names:
         return run.pair.given(names.index(label))
-    if label.isdecimal() and int(label) < count:
+    if label.isdecimal() and int(label) < count and not any(name.isdecimal() for name in names):
         return run.pair.given(int(label))
     shown = ", ".join(names[:10]) + (", ..." if count > 10 else "")
     raise ValueError(f"--label: expected one of the run's {count} labels, {shown}, got {label!r}: choose one of these")
+
+
+def in_words(run: Run, law: str, pair: ModelGuidePair) -> str:
+    """What samples were drawn from, with the label's name in place of its number."""
+    names = run.config["data"].get("label_names")
+    if names is None or pair.labels is None or pair.labels.dim() == 1:
+        return law
+    return law.replace(at_labels(pair), at_labels(pair, names))
 
 
 def names_in_turn(run: Run, num: int) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ def sample(
 
     Of a diffusion, down the chain from x_T to x_0; whatever changes the law of the samples is said with them.
     """
-    from inference.commands.labels import given_label, names_in_turn
+    from inference.commands.labels import given_label, in_words, names_in_turn
     from inference.training.runs import load_run
 
     suffix = None if out is None else check_suffix(out, ".png", ".svg", ".pdf", ".npz", ".txt")
@@ -156,6 +156,7 @@ def sample(
     pair, stated = at_labels, opened.config["data"]
     check_options(pair, steps, eta, clip, film)
     drawn = draw(pair, num, steps, eta, clip, seed)
+    drawn = replace(drawn, law=in_words(opened, drawn.law, pair))
     if suffix == ".npz":
         import torch
 

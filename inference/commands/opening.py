@@ -74,7 +74,7 @@ def open_run(folder: Path, spec: str | None = None, num_data: int | None = None)
     run.pair.check_data(x, "test" if held_out else "train")
     labels = None if labels is None else labels[:count]
     if run.pair.num_labels is not None:
-        known = _by_name(labels, data.label_names, run.config["data"].get("label_names"))
+        known = _by_name(labels, data.label_names, run.config["data"].get("label_names"), run.pair.num_labels)
         run = replace(run, pair=run.pair.given(_all_known(known, run.pair.num_labels, data.name)))
     own = "training " if spec is None else ""  # of other data nobody said what they are for
     part = "held-out " if held_out else own
@@ -84,16 +84,20 @@ def open_run(folder: Path, spec: str | None = None, num_data: int | None = None)
     return Opened(run, folder, x, labels, words, data)
 
 
-def _by_name(labels: Tensor | None, names: Sequence[str] | None, known: Sequence[str] | None) -> Tensor | None:
-    """Labels numbered as the run has them, for other data number their names by themselves."""
-    if labels is None or names is None or known is None or list(names) == list(known):
+def _by_name(
+    labels: Tensor | None, names: Sequence[str] | None, known: Sequence[str] | None, count: int
+) -> Tensor | None:
+    """Labels numbered as the run has them, for other data number their names by themselves; a number's name is the number."""
+    if labels is None or (names is None and known is None):
         return labels
-    strange = [name for name in names if name not in known]
+    own = list(map(str, range(int(labels.max()) + 1))) if names is None else list(names)
+    place = {name: i for i, name in enumerate(map(str, range(count)) if known is None else known)}
+    strange = [own[i] for i in labels.unique().tolist() if own[i] not in place]
     if strange:
         raise DataError(
-            f"labels: expected those of the run, {', '.join(known)}, got {strange[0]!r}; leave its rows out"
+            f"labels: expected those of the run, {', '.join(place)}, got {strange[0]!r}; leave its rows out"
         )
-    return torch.tensor([list(known).index(name) for name in names])[labels]
+    return torch.tensor([place.get(name, -1) for name in own])[labels]
 
 
 def _all_known(labels: Tensor | None, num_labels: int, name: str) -> Tensor:

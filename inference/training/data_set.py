@@ -163,5 +163,5 @@ def _check_labels(labels: Tensor, name: str, num: int) -> None:
     if labels.dtype != torch.int64 or labels.shape != (num,):
         raise DataError(
             f"{name}: expected one int64 label a datum, shape [{num}], got {labels.dtype} {list(labels.shape)}; "
-            "correct them"
+            "give a flat list of as many whole numbers as data"
         )

@@ -207,7 +207,12 @@ def _whole_numbers(labels: Any, name: str) -> Tensor | None:
     """Labels as int64, from a list, an array or a tensor of integers."""
     if labels is None:
         return None
-    found = torch.as_tensor(labels)
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{name}: expected whole numbers, got {str(labels)[:40]!r}; number the labels from 0"
+        ) from error
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise DataError(f"{name}: expected whole numbers, got {found.dtype}; number the labels from 0")
     return found.long()

@@ -95,7 +95,7 @@ def _first_bad_alone(loss: ElboLoss, x: Tensor, site: str, seed: int) -> tuple[s
     for i in range(len(x)):
         seed_noise(seed, x.device)
         try:
-            with labelled(loss, None if labels is None else labels[i : i + 1]):
+            with labelled(loss, labels if labels is None or labels.dim() == 0 else labels[i : i + 1]):
                 name = _bad_parameter(loss.pair, loss.terms(x[i : i + 1])[site][0])
         except (RuntimeError, ValueError):  # batch normalisation, for one, takes no single datum
             return None

@@ -88,7 +88,8 @@ def evaluate(
         reduce: sums a tensor over processes.
         each_batch: called after each batch; may raise to give up.
         rows: each datum's name in messages, LongTensor ``[N]``; None: its index.
-        labels: each datum's label, LongTensor ``[N]``, of a pair that is conditioned on labels; None: as the pair was given.
+        labels: each datum's label, LongTensor ``[N]``, of a pair that is conditioned on labels; None: there are none, or the
+            pair was given one for all.
 
     Raises:
         TrainingDiverged: a term that is NaN or infinite; the message names site and datum.

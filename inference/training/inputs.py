@@ -149,6 +149,11 @@ def _labels(pair: ModelGuidePair, dataset: DataSet) -> tuple[Tensor | None, Tens
     count = pair.num_labels
     if count is None:
         return None, None
+    if pair.labels is not None:
+        raise DataError(
+            "labels: expected a pair before given(y), for training takes each datum's own label, got one at labels already: "
+            "pass the pair itself, and the labels with the data"
+        )
     for name, part, labels in (
         ("train_labels", dataset.train, dataset.train_labels),
         ("test_labels", dataset.test, dataset.test_labels),
@@ -158,7 +163,7 @@ def _labels(pair: ModelGuidePair, dataset: DataSet) -> tuple[Tensor | None, Tens
         if labels is None:
             raise DataError(
                 f"{name}: expected a label for each datum, for the pair is conditioned on {count} labels, got none; give them, "
-                "as in as_dataset(x, labels=y), or make the pair without num_labels"
+                "as in as_dataset(x, labels=y) (those in a Dataset's items are not read), or make the pair without num_labels"
             )
         try:
             refuse_other_labels(labels, count, name)

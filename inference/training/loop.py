@@ -33,6 +33,7 @@ from inference.training.runs import (
     load_run,
     save_model,
 )
+from inference.training.scaling import DataError
 from inference.training.storage import RunLock, make_folder
 from inference.training.texts import read_yaml, write_json, write_yaml
 from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
@@ -119,6 +120,11 @@ def fit(
     if scaling is None and getattr(likelihood, "takes_counts", False) and not isinstance(data, str | DataSet):
         scaling = "counts"
     dataset = as_dataset(data, scaling=scaling, binarization=binarization, levels=levels, labels=labels)
+    if labels is not None and pair.num_labels is None:
+        raise DataError(
+            "labels: expected a pair that is conditioned on them, as a preset with num_labels=K, got one that would not read "
+            "them; leave them out, or make it so"
+        )
     spec = dataset.spec if spec is None else spec
     dtype = _DTYPES.get(config.precision or "", _dtype_of(pair))
     inputs = prepare_inputs(pair, dataset, config, dtype)

@@ -53,8 +53,8 @@ def read_csv(place: Path, columns: Sequence[str] | None = None) -> Source:
             raise DataError(
                 f"{path}: column {label!r}, row {column.index('') + 1}: expected a label, got nothing; fill it in"
             )
-        words, numbers = np.unique(column, return_inverse=True)
-        labels, label_names = torch.from_numpy(numbers).long(), tuple(map(str, words))
+        label_names = _in_order(set(column))
+        labels = torch.tensor([label_names.index(word) for word in column])
     kept = [name for name in names if name != label] if columns is None else list(columns)
     if label in kept or len(set(kept)) < len(kept):
         raise DataError(
@@ -86,6 +86,15 @@ def _place(name: str, names: list[str], path: Path, what: str) -> int:
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise DataError(f"{path}: expected a column {name!r} {what}, found {shown}; correct the name")
     return names.index(name)
+
+
+def _in_order(words: set[str]) -> tuple[str, ...]:
+    """Words sorted; as numbers where all are whole ones.
+
+    >>> _in_order({"9", "10"}), _in_order({"9", "10", "x"})
+    (('9', '10'), ('10', '9', 'x'))
+    """
+    return tuple(sorted(words, key=lambda word: (int(word), word) if all(w.isdecimal() for w in words) else (0, word)))
 
 
 def _path_and_label(place: str) -> tuple[Path, str | None]:

@@ -81,7 +81,8 @@ def traversal(
         steps: S, how many values of t.
 
     Raises:
-        ValueError: an unknown site, fewer than two steps, or a prior whose quantiles are not known by dimension.
+        ValueError: an unknown site, a datum beside labels of other data, fewer than two steps, or a prior whose quantiles
+            are not known by dimension.
         NoMeanError: a law has no mean.
 
     Example:
@@ -94,6 +95,11 @@ def traversal(
     site = _latent_site(pair, site)
     if steps < 2 or max_dims < 1:
         raise ValueError(f"expected steps >= 2 and max_dims >= 1, got {steps} and {max_dims}")
+    if datum is not None and pair.labels is not None and pair.labels.dim() == 1:
+        raise ValueError(
+            "expected one label for all with a datum, got a label for each of the data: use traversal(pair.given(k), ...) with "
+            "the datum's own"
+        )
     one = at_first_label(pair)
     held = guide_means(one, datum.unsqueeze(0)) if datum is not None else _prior_means(one)
     above = {name: held[name] for name in pair.latent_sites[: pair.latent_sites.index(site)]}

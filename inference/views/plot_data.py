@@ -128,8 +128,8 @@ def samples(pair: ModelGuidePair, num: int, data: Tensor | None = None) -> Sampl
     return shown
 
 
-def at_labels(pair: ModelGuidePair) -> str:
-    """At which labels a pair is, in words; nothing where it knows of none.
+def at_labels(pair: ModelGuidePair, names: Sequence[str] | None = None) -> str:
+    """At which labels a pair is, in words, by their names if there are any; nothing where it knows of none.
 
     Example:
         >>> from ppl_models import LinearGaussian
@@ -139,11 +139,10 @@ def at_labels(pair: ModelGuidePair) -> str:
     labels = pair.labels
     if labels is None:
         return ""
-    return (
-        f", at y\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{int(labels)}"
-        if labels.dim() == 0
-        else ", at the labels y in turn"
-    )
+    if labels.dim() == 1:
+        return ", at the labels y in turn"
+    name = str(int(labels)) if names is None else names[int(labels)]
+    return f", at y\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{name}"
 
 
 def trajectory_samples(trajectory: Trajectory, data: Tensor | None = None) -> Samples:

@@ -84,6 +84,7 @@ def guide_means(pair: ModelGuidePair, x: Tensor) -> dict[str, Tensor]:
     Raises:
         NoMeanError: a guide site's law has no mean.
     """
+    pair.batch_size(x)
     chunks = []
     with torch.no_grad(), _AtMeans(pair):
         for i, rows in enumerate(x.split(ROWS_AT_ONCE)):

@@ -12,12 +12,12 @@ y observed (Kingma et al. 2014, arXiv:1406.5298, eq. 2), conditional VAEs (Sohn 
 The labels are handed over beside the data and not with them, as a buffer of each layer, so that no program or network has an
 argument more: :meth:`ppl_models.ModelGuidePair.given` for looking at a pair, :func:`labelled` around steps of training.
 
-The one constraint: one label a datum, the data being the axis before the last of h, or one label for all.
+The one constraint: one label a datum, the data being the axis before the last of h (which is of length one where all data share
+a row, such as an enumerated z), or one label for all. It is no layer for the channels of an image: add it to a flat embedding.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -32,7 +32,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class LabelShift(nn.Module):
-    """h + V[y], of h ``[..., B, width]`` or, under one label for all, ``[..., width]``.
+    """h + V[y], of h ``[..., B, width]`` or, under one label for all, ``[..., width]``: rows of features, no images.
 
     Args:
         num_labels: K.
@@ -65,13 +65,13 @@ class LabelShift(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """h of each datum, moved by its label's vector."""
         if self.labels.dim() == 1:
-            count = h.shape[-2] if h.dim() > 1 else 1
+            count = h.shape[-2] if h.dim() > 1 else 0
             if len(self.labels) == 0:
                 raise ValueError(
                     f"expected labels in 0..{self.num_labels - 1} beside the data, for these networks are conditioned on "
                     "them, got none: use pair.given(y), with one for each datum or one for all"
                 )
-            if len(self.labels) != count:
+            if count not in (1, len(self.labels)):
                 raise ValueError(
                     f"expected a label for each of {count} data, got {len(self.labels)} labels: give as many as data, or one "
                     "number for all of them"
@@ -154,7 +154,7 @@ def labelled(module: nn.Module, y: Tensor | list[int] | int | None) -> Iterator[
     if y is None:
         yield
         return
-    labels = checked_labels(y, num_labels_of(module), type(module).__name__)
+    labels = checked_labels(y, num_labels_of(module), type(module).__name__, on_cuda=False)
     with _holding(label_layers(module), labels):
         yield
 
@@ -162,10 +162,11 @@ def labelled(module: nn.Module, y: Tensor | list[int] | int | None) -> Iterator[
 @contextmanager
 def spread_labels(network: nn.Module, batch: Sequence[int]) -> Iterator[None]:
     """Within it a label for each row of ``batch`` flattened, whose last axis has been the data's."""
-    layers = [layer for layer in label_layers(network) if layer.labels.dim() == 1]
-    if not layers or len(batch) < 2 or len(layers[0].labels) != batch[-1]:
+    layers = [layer for layer in label_layers(network) if layer.labels.dim() == 1 and len(layer.labels)]
+    if not layers or len(batch) < 2:
         yield
         return
+    refuse_other_count(layers[0].labels, batch[-1])
     with _holding(layers, layers[0].labels.expand(*batch).reshape(-1)):
         yield
 
@@ -183,25 +184,40 @@ def _holding(layers: list[LabelShift], labels: Tensor) -> Iterator[None]:
 
 
 def given_labels(module: Module, y: Tensor | list[int] | int) -> Module:
-    """A module that shares all parameters and buffers with ``module`` and whose networks know the labels ``y``.
-
-    Modules without labels in them are shared whole; the others are copied, without their tensors.
+    """A copy of a module whose networks know the labels ``y``: every parameter and buffer is shared with it, no module is.
 
     Raises:
-        TypeError, ValueError: see :func:`labelled`.
+        TypeError, ValueError: see :func:`labelled`; also networks wrapped by ``torch.compile``, which calls the original's.
     """
     labels = checked_labels(y, num_labels_of(module), type(module).__name__)
     return _copied(module, labels, {})
 
 
-def checked_labels(y: Tensor | list[int] | int, num_labels: int | None, name: str) -> Tensor:
-    """The labels as int64, ``[B]`` or a scalar; see :func:`labelled` for what is refused."""
+def refuse_other_count(labels: Tensor, count: int) -> None:
+    """Raises ValueError unless there is a label for each of ``count`` data."""
+    if len(labels) != count:
+        raise ValueError(
+            f"expected a label for each of {count} data, got {len(labels)} labels: give as many as data, or one number for all "
+            "of them"
+        )
+
+
+def checked_labels(y: Tensor | list[int] | int, num_labels: int | None, name: str, on_cuda: bool = True) -> Tensor:
+    """The labels as int64, ``[B]`` or a scalar; see :func:`labelled` for what is refused.
+
+    Without ``on_cuda`` labels on a GPU are not read, for that would wait for it.
+    """
     if num_labels is None:
         raise ValueError(
             f"expected networks that are conditioned on labels, got {name} without: make it with num_labels=K, or networks "
             "of your own with a LabelShift in them"
         )
-    labels = torch.as_tensor(y)
+    try:
+        labels = torch.as_tensor(y)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"expected labels as whole numbers 0..{num_labels - 1}, got {str(y)[:40]!r}: number them"
+        ) from error
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(
             f"expected labels as whole numbers 0..{num_labels - 1}, got {labels.dtype}: convert with y.long()"
@@ -210,9 +226,10 @@ def checked_labels(y: Tensor | list[int] | int, num_labels: int | None, name: st
         raise ValueError(
             f"expected labels of shape [B], one a datum, or one number for all, got {list(labels.shape)}: flatten them"
         )
-    if not labels.is_cuda:  # where a look at them costs nothing
+    labels = labels.long()
+    if on_cuda or not labels.is_cuda:
         refuse_other_labels(labels, num_labels, "labels")
-    return labels.long()
+    return labels
 
 
 def refuse_other_labels(labels: Tensor, num_labels: int, name: str) -> None:
@@ -229,14 +246,20 @@ def refuse_other_labels(labels: Tensor, num_labels: int, name: str) -> None:
 def _copied(module: Module, labels: Tensor, done: dict[int, nn.Module]) -> Module:
     if id(module) in done:
         return done[id(module)]  # type: ignore[return-value]
-    if not label_layers(module):
-        return module
-    new = copy.copy(module)  # nn.Module has no copy of its own: the same tensors, in dictionaries that are shared, too
-    vars(new).update(_modules=dict(module._modules), _buffers=dict(module._buffers))
+    if hasattr(module, "_orig_mod") and label_layers(module):
+        raise ValueError(
+            "expected networks that are not wrapped by torch.compile, whose copies would call the original's: compile the loss "
+            "with compile_objective, or use labelled(pair, y)"
+        )
+    new: Module = type(module).__new__(type(module))
+    vars(new).update(vars(module))
+    vars(new).update(
+        _modules=dict(module._modules), _buffers=dict(module._buffers), _parameters=dict(module._parameters)
+    )
     done[id(module)] = new
     for name, child in module._modules.items():
         if child is not None:
             new._modules[name] = _copied(child, labels, done)
     if isinstance(new, LabelShift):
-        new.labels = labels.to(new.weight.device)
+        new.labels = labels.to(new.weight.device, copy=True)
     return new

@@ -161,7 +161,9 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """``z`` of shape ``[..., latent_dim]`` to ``[..., *output_shape]`` (twice, with ``with_scale``)."""
         outputs = self.body(z.to(next(self.body.parameters()).dtype))
-        shape = torch.Size([*z.shape[:-1], *self.output_shape])
+        shape = torch.Size(
+            [*outputs.shape[:-1], *self.output_shape]
+        )  # of as many rows as z, or as labels where z has one
         if not self.with_scale:
             return outputs.reshape(shape)
         loc, log_scale = at_least_float32(outputs).chunk(2, dim=-1)

@@ -124,6 +124,14 @@ def test_labels_that_do_not_fit_are_refused_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_that_nothing_would_read_are_refused() -> None:
+    x, told = torch.randn(4, 2), {"scaling": "none", "epochs": 1, "progress": False}
+    with pytest.raises(DataError, match="expected a pair that is conditioned on them"):
+        fit(linear(None), x, labels=[0, 1, 1, 0], **told)
+    with pytest.raises(DataError, match=r"expected a pair before given\(y\)"):
+        fit(linear().given(1), x, labels=[0, 1, 1, 0], **told)
+
+
 def test_a_fingerprint_is_of_labels_only_where_they_are_learned_from() -> None:
     x = torch.randn(4, 2)
     first, second = (as_dataset(x, labels=y, scaling="none") for y in ([0, 1, 1, 0], [1, 1, 1, 0]))
