@@ -173,7 +173,6 @@ CASES: dict[str, Case] = {
         closed=False,
         mean_field=False,
     ),
-    "ddpm-given-labels": Case(_given(_ddpm(Normal, num_labels=3)), _generated, closed=False, mean_field=False),
     "linear-diffusion-exact": Case(
         _linear_diffusion, _generated, exact=True, closed=False, mean_field=False, gaussian_guide=False
     ),

@@ -31,7 +31,7 @@ def trained(table):
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # as in each test
     try:
-        told = ["--hidden", "16", "--epochs", "150", "--learning-rate", "0.01", "--batch-size", "16", "--threads", "1"]
+        told = ["--hidden", "16", "--epochs", "60", "--learning-rate", "0.02", "--batch-size", "16", "--threads", "1"]
         assert run([*call, *told, "--out", str(table / "run")]) == 0
     finally:
         torch.set_default_dtype(default)
