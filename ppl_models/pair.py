@@ -69,6 +69,9 @@ class ModelGuidePair(nn.Module, ABC):
     data_site: str = "x"
     bounds_evidence: bool = True
     _unannounced: bool = False
+    _labelled: bool = (
+        False  # by `given` or `labelled`; to look for labels in all modules costs more than a check is worth
+    )
 
     def __init__(self, data_shape: tuple[int, ...] | torch.Size, latent_sites: tuple[str, ...]) -> None:
         super().__init__()
@@ -134,7 +137,7 @@ class ModelGuidePair(nn.Module, ABC):
             (torch.Size([5, 8, 8]), torch.Size([3, 8, 8]))
         """
         given = given_labels(self, y)
-        given._unannounced = False
+        given._unannounced, given._labelled = False, True
         return given
 
     @property
@@ -215,7 +218,7 @@ class ModelGuidePair(nn.Module, ABC):
         return rows
 
     def _check_labels(self, count: int) -> None:
-        labels = self.labels
+        labels = self.labels if self._labelled else None
         if labels is not None and labels.dim() == 1:
             refuse_other_count(labels, count)
 

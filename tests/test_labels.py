@@ -344,6 +344,12 @@ def test_missing_and_mismatched_labels_are_refused() -> None:
         pair.given([0, 1]).model(size=3)
     with pytest.raises(ValueError, match="expected a label for each of 1 data, got 2 labels"):
         pair.given([0, 1]).guide(torch.zeros(1, 2))
+    for module in (pair, ElboLoss(pair)):
+        with (
+            labelled(module, [0, 1]),
+            pytest.raises(ValueError, match="expected a label for each of 1 data, got 2 labels"),
+        ):
+            pair.guide(torch.zeros(1, 2))
     with pytest.raises(ValueError, match="conditioned on labels, got VAE without: make it with num_labels=K"):
         VAE.preset((2,), Normal(), 1, (4,)).given(0)
     mixed = VAE(GaussianEncoder((2,), 1, num_labels=2), Decoder(1, (2,), num_labels=3), 1, Normal())

@@ -155,8 +155,16 @@ def labelled(module: nn.Module, y: Tensor | list[int] | int | None) -> Iterator[
         yield
         return
     labels = checked_labels(y, num_labels_of(module), type(module).__name__, on_cuda=False)
-    with _holding(label_layers(module), labels):
-        yield
+    pairs = [vars(each) for each in module.modules() if hasattr(each, "_labelled")]
+    before = [pair.get("_labelled", False) for pair in pairs]
+    try:
+        for pair in pairs:
+            pair["_labelled"] = True
+        with _holding(label_layers(module), labels):
+            yield
+    finally:
+        for pair, old in zip(pairs, before, strict=True):
+            pair["_labelled"] = old
 
 
 @contextmanager
