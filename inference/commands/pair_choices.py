@@ -30,7 +30,7 @@ def choices_of(name: str) -> dict[str, tuple[Any, Any]]:
 
     Example:
         >>> list(choices_of("vae")), choices_of("vae")["activation"][1]
-        (['latent_dim', 'hidden', 'activation'], 'tanh')
+        (['latent_dim', 'hidden', 'activation', 'num_labels'], 'tanh')
     """
     preset = system(name)
     hints = typing.get_type_hints(preset)
