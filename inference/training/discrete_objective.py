@@ -85,15 +85,25 @@ class DiscreteLoss(ElboLoss):
 
 
 class EnumeratedLoss(DiscreteLoss):
-    """-ELBO(x) with the expectation over all values of the latents: exact in value and gradient, no noise.
+    """-ELBO(x) with the expectation over all values of the discrete latents; the others, if any, are drawn.
 
-    sum_z q(z | x) [log p(x, z) - log q(z | x)], site by site.
+    With y the latents that can be enumerated and z those that cannot, and h(y, z) = log p(x, y, z) - log q(y, z | x),
+
+        ELBO(x) = E_{q(z | x)} sum_y q(y | x, z) h(y, z),  or  sum_y q(y | x) E_{q(z | x, y)} h(y, z),
+
+    site by site, in whatever order the guide has them. Without z: exact in value and gradient, no noise. With z: pathwise
+    gradients in z, each y with draws of its own where z depends on it, as in Kingma et al. 2014 (arXiv:1406.5298), eq. 7.
+
+    Both programs run once, with each y in a dim of its own on the left: values of y have shape ``[K, 1]``, and what depends
+    on y ``[K, B]``.
 
     Args:
-        pair: a pair whose latents can all be enumerated; its parameters are this module's parameters.
+        pair: a pair whose latents can be enumerated or are reparameterised; its parameters are this module's parameters.
+        num_particles: draws of z per datum, averaged; 1 where there is no z.
 
     Raises:
-        PairError: at the first call, for a latent that cannot be enumerated, or sites that do not match.
+        PairError: at the first call, for a latent that can be neither enumerated nor reparameterised, sites that do not match,
+            programs that do not take leading dims, or several draws where there is nothing to draw.
         TooManyStatesError: at the first call, for more than 65,536 values together.
 
     Example:
@@ -106,37 +116,50 @@ class EnumeratedLoss(DiscreteLoss):
         (True, True)
     """
 
-    reported_draws = 1
-
-    def __init__(self, pair: ModelGuidePair) -> None:
-        super().__init__(pair)
-
     def _check_latents(self, latents: dict[str, Site], without_closed_form: dict[str, str]) -> None:
-        states = 1
+        enumerated, states = [], 1
         for name, site in latents.items():
             try:
                 states *= len(site["fn"].enumerate_support(expand=False))
+                enumerated.append(name)
             except NotImplementedError as error:
+                if site["fn"].has_rsample:
+                    continue
                 raise PairError(
-                    f"expected latents that can be enumerated, got {law_name(site['fn'])} at site {name!r}: use "
-                    'ScoreFunctionLoss, in fit objective="score_function"'
+                    f"expected latents that can be enumerated or are reparameterised, got {law_name(site['fn'])} at site "
+                    f'{name!r}: use ScoreFunctionLoss, in fit objective="score_function"'
                 ) from error
+        if not enumerated:
+            raise PairError(
+                f"expected a latent that can be enumerated, got none among {', '.join(latents)}: use ElboLoss, in fit "
+                'objective="elbo"'
+            )
         if states > MAX_STATES:
             raise TooManyStatesError(
-                f"expected at most {MAX_STATES} values to sum over, got {states} of {', '.join(latents)} together: use an "
+                f"expected at most {MAX_STATES} values to sum over, got {states} of {', '.join(enumerated)} together: use an "
                 "estimator that draws"
             )
+        if self.num_particles > 1 and len(enumerated) == len(latents):
+            raise PairError(
+                f"expected num_particles=1 where all latents are enumerated and nothing is drawn, got {self.num_particles}"
+            )
+
+    def _at_once(self, draws: int) -> str:
+        return "all values of a latent are taken"
 
     def _terms(self, x: Tensor) -> dict[str, Tensor]:
-        enumerated = poutine.enum(config_enumerate(self.pair.guide), first_available_dim=-1 - self.nesting)
+        plates = self.nesting + (self.num_particles > 1)
+        enumerated = poutine.enum(config_enumerate(self.pair.guide), first_available_dim=-1 - plates)
         guide = poutine.trace(enumerated).get_trace(x)
         model = poutine.trace(poutine.replay(self.pair.model, trace=guide)).get_trace(x)
-        log_q = sum(_log_probability(site) for site in sample_sites(guide).values() if not site["is_observed"])
-        weights = torch.as_tensor(log_q).exp()  # [*values of each latent, B]
+        log_q = sum(_log_probability(site) for site in sample_sites(guide).values() if _is_enumerated(site))
+        weights = torch.as_tensor(log_q).exp()  # [*values of each latent, *draws, B]
         terms = {}
         for name, term in self._site_terms(guide, model).items():
-            weighted = weights * term if term.dim() > 1 else term  # the same for all values: their weights sum to one
-            terms[name] = weighted.sum(list(range(weighted.dim() - 1))) if weighted.dim() > 1 else weighted
+            if term.dim() > plates:  # otherwise the same for all values, whose weights sum to one
+                weighted = weights * term
+                term = weighted.sum(list(range(weighted.dim() - plates)))
+            terms[name] = self._per_datum(term)
         return terms
 
 
@@ -185,6 +208,10 @@ class ScoreFunctionLoss(DiscreteLoss):
             others = (term.sum(0) - term) / (self.num_particles - 1)
             terms[name] = term + (term - others).detach() * score
         return terms
+
+
+def _is_enumerated(site: Site) -> bool:
+    return not site["is_observed"] and site["infer"].get("_enumerate_dim") is not None
 
 
 def _log_probability(site: Site) -> Tensor:

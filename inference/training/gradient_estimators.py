@@ -18,7 +18,7 @@ def training_loss(
     Args:
         pair: the model/guide pair.
         estimator: one of :data:`ESTIMATORS`; ``"pathwise"`` is :class:`ElboLoss`, for reparameterised latents.
-        num_particles: draws per datum; ``"enumeration"`` draws none and takes 1 only.
+        num_particles: draws per datum; of the latents that are not enumerated, with ``"enumeration"``.
         temperature: of the relaxed estimators.
 
     Raises:
@@ -32,9 +32,7 @@ def training_loss(
     if estimator == "pathwise":
         return ElboLoss(pair, num_particles)
     if estimator == "enumeration":
-        if num_particles != 1:
-            raise ValueError(f"expected num_particles=1 with enumeration, which draws nothing, got {num_particles}")
-        return EnumeratedLoss(pair)
+        return EnumeratedLoss(pair, num_particles)
     if estimator == "score_function":
         return ScoreFunctionLoss(pair, num_particles)
     if estimator == "gumbel_softmax":

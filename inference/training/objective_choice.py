@@ -3,8 +3,8 @@
     elbo                                  the ELBO, pathwise gradients                        reparameterised latents
     iwae, dreg                            the importance-weighted bound of num_particles draws, plain or doubly
                                           reparameterised gradient                            reparameterised latents
-    enumeration, score_function,          the ELBO, other estimators of its gradient          categorical latents
-    gumbel_softmax, straight_through
+    enumeration, score_function,          the ELBO, other estimators of its gradient          categorical latents, the
+    gumbel_softmax, straight_through                                                          others reparameterised
     vlb, simple, hybrid                   the diffusion's bound at one t per datum, its reweighted form, or both
 
 "auto" is the pair's own ``default_objective``; without one, "vlb" for a diffusion and "elbo" for all else. Whatever trains,
@@ -62,11 +62,11 @@ def objective_of(pair: ModelGuidePair, config: TrainConfig) -> str:
         raise ConfigError(
             f"num_particles: expected 1 for a diffusion, got {config.num_particles}: a larger batch draws more time-steps"
         )
-    if name == "enumeration" and config.num_particles != 1:
-        raise ConfigError(
-            f"num_particles: expected num_particles=1 with enumeration, which draws nothing, got {config.num_particles}"
-        )
     if name == "enumeration" and isinstance(pair, CategoricalVAE):
+        if config.num_particles != 1:
+            raise ConfigError(
+                f"num_particles: expected num_particles=1 with enumeration, which draws nothing, got {config.num_particles}"
+            )
         try:
             refuse_too_many(pair.num_latents, pair.num_classes)
         except TooManyStatesError as error:

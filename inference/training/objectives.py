@@ -184,6 +184,10 @@ class ElboLoss(nn.Module):
         self.nesting = plan.nesting
         self.closed_sites = frozenset(closed) & frozenset(guide)
 
+    def _at_once(self, draws: int) -> str:
+        """What leading dims hold, for messages."""
+        return f"{draws} draws are made"
+
     def _check_particles(self, plan: Plan) -> None:
         """Refuses programs whose draws cannot be made at once, where there are several; nothing of the caller's changes."""
         draws = max(self.num_particles, self.reported_draws)
@@ -193,7 +197,7 @@ class ElboLoss(nn.Module):
             obstacle = obstacle_to_vectorizing(plan, share_subsample=True)
         if obstacle:
             raise PairError(
-                f"expected programs that run under an outer particle plate, for {draws} draws are made at once, but "
+                f"expected programs that run under an outer particle plate, for {self._at_once(draws)} at once, but "
                 f"{obstacle}: let both take any number of leading dims, as z[..., 0] does and z[:, 0] does not, or "
                 "take a loss of one draw"
             )
@@ -268,7 +272,7 @@ def join_idle(num_latents: int, all_sum: Callable[[Tensor], Tensor]) -> None:
 
 def _other_losses(laws: Iterable[Any]) -> str:
     """Which losses take latents of these laws."""
-    if all(law.has_enumerate_support for law in laws):
+    if all(law.has_enumerate_support or law.has_rsample for law in laws):
         return 'use EnumeratedLoss or ScoreFunctionLoss, in fit objective="enumeration" or "score_function"'
     return 'use ScoreFunctionLoss, in fit objective="score_function"'
 

@@ -10,7 +10,7 @@ Each loss's *value* is the bound of the discrete pair, never the relaxed one's: 
 value comes from draws of the guide itself.
 
 The one constraint: a relaxed z must be one-hot in the program (as in :class:`ppl_models.discrete_vae.CategoricalVAE`), and
-its KL known in closed form, for a relaxed z has no probability.
+its KL known in closed form, for a relaxed z has no probability. Latents that are reparameterised keep their pathwise gradient.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ class GumbelSoftmaxLoss(DiscreteLoss):
     (arXiv:1611.00712). Two evaluations of the decoder a draw, one of them without gradient.
 
     Args:
-        pair: a pair whose latents are one-hot, each with its KL in closed form.
+        pair: a pair with one-hot latents, each with its KL in closed form; its other latents are reparameterised.
         num_particles: draws per datum, averaged.
         temperature: tau > 0, or how it falls with the step; see :meth:`anneal`.
 
     Raises:
         ValueError: a temperature that is not positive and finite, or ``num_particles`` below one.
-        PairError: at the first call, for a latent that is not one-hot or has no KL in closed form, or sites that do not
-            match.
+        PairError: at the first call, for a latent that is neither one-hot nor reparameterised, a one-hot latent that has no KL
+            in closed form, or sites that do not match.
 
     Example:
         >>> from ppl_models.discrete_vae import CategoricalVAE
@@ -107,16 +107,19 @@ class GumbelSoftmaxLoss(DiscreteLoss):
         self.temperature.fill_(self.schedule(step))
 
     def _check_latents(self, latents: dict[str, Site], without_closed_form: dict[str, str]) -> None:
+        relaxed = {name for name, site in latents.items() if _one_hot(site["fn"]) is not None}
         for name, site in latents.items():
-            if _one_hot(site["fn"]) is None:
+            if name not in relaxed and (not relaxed or not site["fn"].has_rsample):
                 raise PairError(
                     f"expected one-hot latents to relax, got {law_name(site['fn'])} at site {name!r}: use OneHotCategorical, "
                     "or another estimator"
                 )
         for name, reason in without_closed_form.items():
-            raise PairError(
-                f"expected a KL in closed form at every relaxed site, got none at {name!r} ({reason}): use another estimator"
-            )
+            if name in relaxed:
+                raise PairError(
+                    f"expected a KL in closed form at every relaxed site, got none at {name!r} ({reason}): use another "
+                    "estimator"
+                )
 
     def _terms(self, x: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -282,7 +282,11 @@ class _OwnOneHot(dist.OneHotCategorical):
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: EnumeratedLoss(LinearGaussian.random(3, 2)), PairError, "can be enumerated, got .*Normal at site 'z'"),
+        (
+            lambda: EnumeratedLoss(LinearGaussian.random(3, 2)),
+            PairError,
+            "can be enumerated, got none among z: use ElboLoss",
+        ),
         (lambda: GumbelSoftmaxLoss(LinearGaussian.random(3, 2)), PairError, "one-hot latents to relax, got .*Normal"),
         (
             lambda: StraightThroughLoss(_Plain(dist.Categorical(torch.ones(3)))),
@@ -290,6 +294,11 @@ class _OwnOneHot(dist.OneHotCategorical):
             "got Categorical at site 'z'",
         ),
         (lambda: GumbelSoftmaxLoss(_Plain(_OwnOneHot(torch.ones(3)))), PairError, "KL in closed form .* 'z' .*own"),
+        (
+            lambda: EnumeratedLoss(CategoricalVAE.preset((3,), Bernoulli(), 2, 3, (4,)), num_particles=3),
+            PairError,
+            "num_particles=1 where all latents are enumerated and nothing is drawn, got 3",
+        ),
         (
             lambda: ScoreFunctionLoss(_Plain(dist.Normal(0.0, 1.0), outside=True)),
             PairError,
@@ -322,7 +331,7 @@ def test_pairs_that_an_estimator_cannot_take_are_refused_at_the_first_call(make,
         (lambda p: GumbelSoftmaxLoss(p, num_particles=1.5), "a whole num_particles >= 1, got 1.5"),
         (lambda p: ElboLoss(p, num_particles=True), "a whole num_particles >= 1, got True"),
         (lambda p: training_loss(p, "reinforce"), "estimator among pathwise, enumeration, .*got 'reinforce'"),
-        (lambda p: training_loss(p, "enumeration", 3), "num_particles=1 with enumeration"),
+        (lambda p: training_loss(p, "enumeration", 0), "num_particles >= 1, got 0"),
         (lambda p: training_loss(p, "gumbel_softmax", 0), "num_particles >= 1, got 0"),
     ],
 )
