@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from inference.training.discrete_objective import EnumeratedLoss
+
 FOLDER = Path(__file__).parents[1] / "examples"
 TESTED = {
     "any_pyro_program",
@@ -19,6 +21,7 @@ TESTED = {
     "hvae_progressive",
     "ladder_of_bounds",
     "markov_chains_forget",
+    "mixture_vae",
     "one_bound_three_derivations",
     "published_table_1",
     "one_table",  # in test_examples_table.py
@@ -79,6 +82,26 @@ def test_given_labels(tmp_path, capsys):
     assert numbers["information"] < 2.302586  # log 10, whatever the draws
     assert (tmp_path / "given.png").is_file()
     assert "most probable label" in capsys.readouterr().out
+
+
+def test_mixture_vae(tmp_path, capsys):
+    """Its terms are those of a VAE whose prior is the mixture itself, in which no y is drawn."""
+    torch.set_default_dtype(torch.float32)
+    example = _load("mixture_vae")
+    numbers = example.main(epochs=3, num_classes=5, num_particles=10, out=tmp_path / "m.png")
+    assert 0 <= numbers["accuracy"] <= 1
+    assert (tmp_path / "m.png").is_file()
+    assert "higher by" in capsys.readouterr().out
+    pair, x = example.MixtureVAE(5), torch.randint(0, 17, (4, 8, 8)) / 8 - 1
+    q_z, d = pair.q_z(x), torch.distributions
+    components = d.Independent(d.Normal(pair.loc, pair.log_scale.exp()), 1)
+    prior = d.MixtureSameFamily(d.Categorical(torch.ones(5)), components)
+    torch.manual_seed(1)
+    value = -EnumeratedLoss(pair)(x)
+    torch.manual_seed(1)
+    z = q_z.rsample()
+    log_likelihood = pair.likelihood(pair.decoder(z), 2).log_prob(x)
+    torch.testing.assert_close(value, log_likelihood + prior.log_prob(z) - q_z.log_prob(z), rtol=1e-4, atol=1e-3)
 
 
 def test_ladder_of_bounds(tmp_path, capsys):
