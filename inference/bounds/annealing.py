@@ -26,7 +26,7 @@ from torch import Tensor
 from inference.bounds.hmc import FIRST_TRANSITIONS, NEXT_TRANSITIONS, HamiltonianKernel, State, adapt_step_sizes
 from inference.bounds.importance import EvidenceError
 from inference.bounds.latent_density import LatentDensity, Start
-from inference.bounds.particles import Plan, Program, forked_rng, make_plan
+from inference.bounds.particles import Plan, Program, forked_rng, make_plan, seed_generators
 from inference.bounds.sites import PairError
 from inference.bounds.support import ZeroOutsideSupport
 from inference.bounds.weights import WeightSums
@@ -210,7 +210,7 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
     else:
         with forked_rng():
-            torch.manual_seed(seed)
+            seed_generators(seed)
             yield
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from inference.bounds.closed_forms import law_name
 from inference.bounds.moments import Moments
-from inference.bounds.particles import Particles, Plan, Program, forked_rng, make_plan
+from inference.bounds.particles import Particles, Plan, Program, forked_rng, make_plan, seed_generators
 from inference.bounds.terms import Decomposition, SiteTerm
 from inference.bounds.validity import ClosedForms, RefusedError, find_closed_forms, site_kinds
 from inference.progress import Progress
@@ -112,7 +112,7 @@ def _helpful_entropies(plan: Plan, closed: ClosedForms) -> frozenset[str]:
     gains: dict[str, list[Tensor]] = {name: [] for name in candidates}
     totals = []
     with forked_rng():
-        torch.manual_seed(int(torch.randint(2**31, ())))
+        seed_generators(int(torch.randint(2**31, ())))
         for particles in plan.chunks(PILOT):
             if site_kinds(particles).keys() != sums.kinds.keys():
                 return frozenset()

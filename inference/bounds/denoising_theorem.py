@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from inference.bounds.moments import Moments
-from inference.bounds.particles import forked_rng
+from inference.bounds.particles import forked_rng, seed_generators
 from inference.printed import Printed
 from ppl_models.arguments import seed_number, whole_count, whole_numbers
 from ppl_models.ddpm import DDPM
@@ -217,7 +217,7 @@ def denoising_theorem(
     num_particles, seed = whole_count("num_particles", num_particles), seed_number(seed)
     rows = []
     with torch.no_grad(), forked_rng(), evaluating(pair):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         for t in steps:
             moments = {name: Moments() for name in ("marginal", "conditional", "gap", "residual")}
             for start in range(0, num_particles, AT_ONCE):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inference.bounds.closed_forms import is_point_mass
 from inference.bounds.moments import Moments
-from inference.bounds.particles import PairError, Particles, Plan, Program, Site, forked_rng, make_plan
+from inference.bounds.particles import PairError, Particles, Plan, Program, Site, forked_rng, make_plan, seed_generators
 from inference.bounds.whole_densities import refuse_parts
 from ppl_models.pair import ModelGuidePair, refuse_other_than_pair
 
@@ -109,7 +109,7 @@ def paired_bounds(first: Plan, second: Plan, num_particles: int) -> tuple[Moment
         pair = []
         for plan in (first, second):
             with forked_rng():
-                torch.manual_seed(seed)
+                seed_generators(seed)
                 pair.append(torch.cat([log_ratio(particles) for particles in plan.chunks(count, count)]))
         bounds.add(pair[0])
         others.add(pair[1])

@@ -228,6 +228,14 @@ def forked_rng() -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
 
 
+def seed_generators(seed: int) -> None:
+    """As ``torch.manual_seed``, which without an accelerator takes hundreds of times as long: it writes stack traces."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 def draw(
     model: Program,
     guide: Program,

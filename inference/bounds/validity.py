@@ -33,7 +33,7 @@ from inference.bounds.closed_forms import (
     site_entropy,
 )
 from inference.bounds.dependencies import Parents, parents, scalars_read
-from inference.bounds.particles import Particles, Plan, Program, forked_rng, make_plan
+from inference.bounds.particles import Particles, Plan, Program, forked_rng, make_plan, seed_generators
 from inference.bounds.sites import Site, is_deterministic, sample_sites
 from inference.bounds.terms import Kind
 from ppl_models.discrete_vae import TooManyStatesError
@@ -290,7 +290,7 @@ class _SiteStreams(Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if not msg["done"] and not msg["is_observed"]:
-            torch.manual_seed(self.seed ^ zlib.crc32(msg["name"].encode()))
+            seed_generators(self.seed ^ zlib.crc32(msg["name"].encode()))
 
 
 class _Substitute(Messenger):
@@ -305,7 +305,7 @@ class _Substitute(Messenger):
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] == self.name:
             if self.value is None:
-                torch.manual_seed(self.seed)
+                seed_generators(self.seed)
                 msg["value"] = msg["fn"].sample()
             else:
                 msg["value"] = self.value.to(msg["value"])
