@@ -417,7 +417,7 @@ def test_a_denoising_autoencoder_beats_the_plain_one_on_corrupted_digits(digits)
     def trained(corruption, mode):
         pyro.set_rng_seed(0)
         pair = AutoEncoder.preset((8, 8), Normal(scale=0.2), 24, (64,), corruption=corruption)
-        return _train(pair.train(mode), train, steps=400)
+        return _train(pair.train(mode), train, steps=250)
 
     plain, denoising, twin = trained(None, True), trained(corruption, True), trained(corruption, False)
     corrupted = corruption(test)

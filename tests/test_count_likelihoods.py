@@ -185,7 +185,7 @@ def test_it_trains_on_integers_as_they_come_and_loads_again(tmp_path):
     assert x.max() > 255
     torch.manual_seed(0)
     pair = VAE.preset((3,), NegativeBinomial(), latent_dim=1, hidden=(32,))
-    trained = fit(pair, x, tmp_path / "run", epochs=60, batch_size=50, learning_rate=3e-2, progress=False)
+    trained = fit(pair, x, tmp_path / "run", epochs=30, batch_size=50, learning_rate=3e-2, progress=False)
     assert trained.config["data"]["scaling"] == "counts"
     loaded = load_run(tmp_path / "run")
     data = torch.from_numpy(x).to(torch.get_default_dtype())

@@ -76,7 +76,11 @@ def _excess(index: torch.Tensor, encoding: torch.Tensor, codebook: torch.Tensor)
     return distance.gather(-1, index[..., None])[..., 0] / distance.amin(-1) - 1
 
 
-@pytest.mark.parametrize("places", [(1000.0,), (-1000.0, 1000.0)], ids=["offset", "two clusters, of mean zero"])
+@pytest.mark.parametrize(
+    "places",
+    [(1000.0,), (-1000.0, 1000.0), (-3e4, 1.0, 1e4)],
+    ids=["offset", "two clusters, of mean zero", "three, of many sizes"],
+)
 def test_the_nearest_code_is_the_nearest_one_far_from_the_origin(places):
     torch.set_default_dtype(torch.float32)
     pair = _by_rows(num_codes=64).eval()
@@ -86,6 +90,20 @@ def test_the_nearest_code_is_the_nearest_one_far_from_the_origin(places):
     assert _excess(pair.codes(x), x[:, None], pair.codebook).max() < 1e-5  # rounding; a wrong code is farther by more
     by_product = torch.cdist(x, pair.codebook).argmin(-1, keepdim=True)  # |e|^2 - 2 e.c + |c|^2 cancels
     assert (_excess(by_product, x[:, None], pair.codebook) > 1e-2).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_codes", [3, 7, 64, 130])
+def test_of_codes_equally_near_the_first_is_taken(dtype, num_codes):
+    """Codes that are there twice, at the second place too; and numbers half-way between two codes, on either side."""
+    torch.set_default_dtype(dtype)
+    pair = _by_rows(num_codes=2 * num_codes).eval()
+    pair.codebook.copy_((torch.randn(num_codes, D) + 300).repeat(2, 1))
+    assert int(pair.codes(torch.randn(200, D) + 300).max()) < num_codes
+    line = _by_rows(num_codes=num_codes).eval()
+    line.codebook.copy_(torch.arange(num_codes)[:, None].expand(num_codes, D) + 4096.0)
+    half = torch.arange(num_codes - 1)[:, None].expand(num_codes - 1, D) + 4096.5
+    assert torch.equal(line.codes(half)[:, 0], torch.arange(num_codes - 1))
 
 
 def test_the_nearest_code_does_not_depend_on_the_batch():

@@ -157,6 +157,7 @@ class TestInferenceGap:
         assert not refinement.converged
         assert "NOT converged for 2 of 2 data: raise max_steps (--gap-steps)" in refinement.words()
 
+    @pytest.mark.slow
     def test_where_the_guide_starts_does_not_matter(self):
         """A law of another family, so that a gap stays; the best LogNormal's is known in closed form."""
         x, gaps = torch.tensor([0.0, 1.0, 4.0, 9.0]), []

@@ -38,7 +38,7 @@ def test_the_bound_reaches_the_best_that_labels_allow() -> None:
     error = (x - torch.stack([x[y == k].mean(0) for k in range(3)])[y]).numpy()
     covariance = error.T @ error / len(x)
     best = -0.5 * (np.log(np.linalg.det(covariance)) + 2 * math.log(2 * math.pi) + 2)
-    options = {"epochs": 80, "batch_size": 60, "learning_rate": 0.1, "schedule": "cosine", "progress": False}
+    options = {"epochs": 60, "batch_size": 60, "learning_rate": 0.1, "schedule": "cosine", "progress": False}
     run = fit(linear(), x, labels=y, scaling="none", **options)
     reached, error = run.metrics[-1]["validation_elbo"], run.metrics[-1]["validation_std_error"]
     assert (
