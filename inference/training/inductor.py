@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -80,7 +82,9 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor], options: dict[st
 
         with config.patch(options), torch.no_grad():
             own = lowered(graph, inputs, options)
-            joint_graph_passes(own)
+            fake = detect_fake_mode([node.meta["val"] for node in own.graph.nodes if node.op == "placeholder"])
+            with fake or nullcontext():
+                joint_graph_passes(own)  # which makes tensors of its own, as for a softmax of a quotient
             return Boxed(compile_fx_inner(own, list(inputs)))
 
 
