@@ -20,10 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions.utils import clamp_probs
 
 from inference.bounds.closed_forms import law_name
 from inference.bounds.sites import PairError, Site, base_law
@@ -133,8 +133,10 @@ class GumbelSoftmaxLoss(DiscreteLoss):
         return {name: self._per_datum(term) for name, term in self._site_terms(*traces).items()}
 
     def _relax(self, law: Any) -> Tensor:
-        """A reparameterised stand-in for a draw of a one-hot law."""
-        return dist.RelaxedOneHotCategorical(self.temperature, logits=law.logits).rsample()
+        """y, a reparameterised stand-in for a draw of a one-hot law; its ``logits`` are log q."""
+        log_q: Tensor = law.logits
+        uniform = clamp_probs(torch.rand_like(log_q))
+        return ((log_q - (-uniform.log()).log()) / self.temperature).softmax(-1)
 
 
 class StraightThroughLoss(GumbelSoftmaxLoss):
