@@ -97,7 +97,8 @@ def site_entropy(guide_site: Site) -> Tensor:
 def divergence(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
     """KL(q || p) in nats, of shape ``batch_shape``.
 
-    Beside PyTorch's table it knows a full Gaussian q against a diagonal p.
+    Beside PyTorch's table it knows a full Gaussian q against a diagonal p, and classes by their logits, for which the
+    table has infinity as soon as a probability of p is too small for a float.
 
     Raises:
         NoClosedFormError: no closed form is known, or a law defines its own log-density, which PyTorch's table, looking
@@ -134,6 +135,8 @@ def divergence(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
         elif isinstance(q_base, dist.Normal) and isinstance(p_base, dist.MultivariateNormal) and q_dims:
             full = dist.MultivariateNormal(q_base.loc, scale_tril=torch.diag_embed(q_base.scale))
             kl = sum_rightmost(kl_divergence(full, p_base), p_dims)
+        elif _are_classes(q_base, p_base):
+            kl = sum_rightmost(_of_classes(q_base, p_base), min(q_dims, p_dims))
         else:
             with torch.enable_grad():  # the exponential-family entries differentiate inside
                 kl = sum_rightmost(kl_divergence(q_base, p_base), min(q_dims, p_dims))
@@ -168,6 +171,25 @@ def _full_against_diagonal(q: dist.MultivariateNormal, p: dist.Normal) -> Tensor
     log_det = 2 * torch.diagonal(tril, dim1=-2, dim2=-1).log().sum(-1)
     ratio = (variance + (q.loc - p.loc).square()) / p.scale.square()
     return 0.5 * (ratio.sum(-1) - q.event_shape[0] + 2 * p.scale.log().expand_as(q.loc).sum(-1) - log_det)
+
+
+def _are_classes(q: Any, p: Any) -> bool:
+    """Whether both are laws of classes, as indices or one-hot, without an entry of their own in the table."""
+    kinds = (torch.distributions.Categorical, torch.distributions.OneHotCategorical)
+    return any(isinstance(q, k) and isinstance(p, k) for k in kinds) and (type(q), type(p)) not in _KL_REGISTRY
+
+
+def _of_classes(q: Any, p: Any) -> Tensor:
+    """KL = sum_k q_k (log q_k - log p_k), with 0 log 0 = 0."""
+    log_p: Tensor = p.logits
+    own = vars(getattr(p, "_categorical", p))
+    if (
+        "probs" in own
+    ):  # a zero among given probabilities, whose logits torch holds above this; not one that underflowed
+        excluded = (own["probs"] == 0) & (log_p > math.log(torch.finfo(log_p.dtype).tiny))
+        log_p = torch.where(excluded, -math.inf, log_p)
+    weights = q.probs
+    return (weights * torch.where(weights == 0, 0.0, q.logits - log_p)).sum(-1)
 
 
 def _unwrapped(fn: Any) -> tuple[Any, int, Any]:

@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 
 from inference.bounds import decompose_elbo
+from inference.bounds.closed_forms import divergence
 from tests.bounds.elbo_case import quantile
 from tests.oracles.expectations import discrete_expectation, expectation
 
@@ -254,6 +255,38 @@ def test_categorical_laws_against_a_sum(size):
     exact = -sum(a * math.log(a / b) for a, b in zip(q.tolist(), p.tolist(), strict=True))
     assert_right(decomposed(dist.Categorical(q), dist.Categorical(p)), exact)
     assert_right(decomposed(dist.OneHotCategorical(q), dist.OneHotCategorical(p)), exact)
+
+
+@pytest.mark.parametrize("kind", [dist.Categorical, dist.OneHotCategorical])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_classes_that_the_model_all_but_excludes(kind, dtype):
+    """log p = -2000 is a number, and p none that a float can hold: PyTorch's table has infinity there."""
+    q, logits = torch.tensor([0.5, 0.25, 0.25], dtype=dtype), torch.tensor([0.0, -2000.0, 1.0], dtype=dtype)
+    log_p = logits.double() - math.log(1 + math.e)
+    exact = float((q.double() * (q.double().log() - log_p)).sum())
+    rounding = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    assert float(decomposed(kind(q), kind(logits=logits))["z"].analytic) == pytest.approx(-exact, rel=rounding)
+    assert math.isinf(float(torch.distributions.kl_divergence(kind(q), kind(logits=logits))))
+    # A class that q has not costs nothing; one that only q has is infinitely far.
+    without = torch.tensor([0.0, -torch.inf, 1.0], dtype=dtype)
+    assert float(divergence(kind(logits=without), kind(logits=without.clone()))) == 0
+    assert float(divergence(kind(logits=without), kind(logits=torch.zeros_like(q)))) == pytest.approx(
+        math.log(3) - (math.log(1 + math.e) - math.e / (1 + math.e)), rel=1e-6
+    )
+    for p in (kind(logits=without), kind(torch.tensor([0.5, 0.0, 0.5], dtype=dtype))):
+        assert math.isinf(float(divergence(kind(q), p)))
+        assert all(len(each) == 3 for each in (p.logits, p.probs))  # both are there now, and the next law has both
+        assert math.isinf(float(divergence(kind(q), p.expand([2]))[0]))
+
+
+def test_the_gradient_of_a_divergence_of_classes_is_that_of_its_sum():
+    a, b = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    log_q, log_p = a - a.logsumexp(-1, True), b - b.logsumexp(-1, True)
+    by_hand = torch.autograd.grad((log_q.exp() * (log_q - log_p)).sum(), (a, b))
+    kl = divergence(dist.OneHotCategorical(logits=a).to_event(1), dist.OneHotCategorical(logits=b).to_event(1))
+    assert kl.shape == ()
+    for found, expected in zip(torch.autograd.grad(kl, (a, b)), by_hand, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_dirichlet_against_its_beta_marginals():
