@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from inference.training.config import ConfigError, TrainConfig
     from inference.training.datasets import DataError, DataSet, as_dataset, load_data
     from inference.training.diffusion_objective import DiffusionLoss
-    from inference.training.discrete_objective import EnumeratedLoss, ScoreFunctionLoss
+    from inference.training.discrete_objective import ScoreFunctionLoss
     from inference.training.divergence import TrainingDiverged
+    from inference.training.enumerated_objective import EnumeratedLoss
     from inference.training.importance_objective import ImportanceWeightedLoss
     from inference.training.loop import fit
     from inference.training.objectives import ElboLoss
@@ -62,7 +63,7 @@ _HOMES = {
     "DiffusionLoss": "inference.training.diffusion_objective",
     "ElboLoss": "inference.training.objectives",
     "ElboSurgery": "inference.bounds.surgery",
-    "EnumeratedLoss": "inference.training.discrete_objective",
+    "EnumeratedLoss": "inference.training.enumerated_objective",
     "Evidence": "inference.bounds.evidence",
     "EvidenceError": "inference.bounds.importance",
     "ForwardForm": "inference.bounds.forward_form",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from inference.training.discrete_objective import EnumeratedLoss
+from inference.training.enumerated_objective import EnumeratedLoss
 
 FOLDER = Path(__file__).parents[1] / "examples"
 TESTED = {

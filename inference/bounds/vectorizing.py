@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inference.bounds.dependencies import scalars_read
 from inference.bounds.particles import Particles, Plan, collect, draw, forked_rng
+from inference.bounds.sites import is_deterministic
 
 
 def obstacle_to_vectorizing(plan: Plan, count: int = 3, share_subsample: bool = False) -> str:
@@ -28,7 +29,7 @@ def obstacle_to_vectorizing(plan: Plan, count: int = 3, share_subsample: bool = 
         for site in program.values():
             if site["log_prob"].dim() > plan.nesting:
                 return f"site {site['name']!r} has a batch dimension outside any plate"
-    if _subsamples(plan):
+    if subsamples(plan):
         return "" if share_subsample else "a plate subsamples, so each particle draws a subsample of its own"
     try:
         with forked_rng():
@@ -55,6 +56,8 @@ def _replayed_singly(plan: Plan, many: Particles, bases: dict[str, Tensor | None
         return "the set of sites changes from draw to draw"
     trace, own_bases = poutine.Trace(), {}
     for name, site in many.guide.items():
+        if is_deterministic(site):
+            continue
         shape = plan.prototype.guide[name]["value"].shape
         value = _particle(site["value"], site["fn"].event_dim, plan, many.count, k)
         base = bases[name]
@@ -62,7 +65,7 @@ def _replayed_singly(plan: Plan, many: Particles, bases: dict[str, Tensor | None
             trace.add_node(name, **{**site, "value": value.reshape(shape)})
         else:
             own_bases[name] = _particle(base, site["fn"].event_dim, plan, many.count, k)
-    with _DrawnAgain(own_bases):
+    with DrawnAgain(own_bases):
         guide_trace = poutine.trace(poutine.replay(plan.guide, trace=trace)).get_trace(*plan.args, **plan.kwargs)
     for name in own_bases:
         trace.add_node(name, **guide_trace.nodes[name])
@@ -71,7 +74,7 @@ def _replayed_singly(plan: Plan, many: Particles, bases: dict[str, Tensor | None
     for together, single in ((many.guide, one.guide), (many.model, one.model)):
         if set(together) != set(single):
             return "the set of sites changes from draw to draw"
-        for name in together:
+        for name in (name for name, site in together.items() if not is_deterministic(site)):
             expected = plan.reduce(single[name]["log_prob"], one)[0]
             got = plan.reduce(together[name]["log_prob"], many)[k]
             tolerance = torch.finfo(single[name]["log_prob"].dtype).eps ** 0.5
@@ -105,7 +108,7 @@ def base_of_draw(law: Any, value: Tensor) -> Tensor | None:
     return None
 
 
-class _DrawnAgain(Messenger):
+class DrawnAgain(Messenger):
     """Gives sites the values that their transforms make of given draws of their base laws."""
 
     def __init__(self, bases: dict[str, Tensor]) -> None:
@@ -120,6 +123,7 @@ class _DrawnAgain(Messenger):
             msg["value"], msg["done"] = value, True
 
 
-def _subsamples(plan: Plan) -> bool:
+def subsamples(plan: Plan) -> bool:
+    """Whether a plate draws a part of its data anew at each run."""
     sites = [*plan.prototype.model.values(), *plan.prototype.guide.values()]
     return any(f.size != f.full_size for site in sites for f in site["cond_indep_stack"] if f.full_size is not None)

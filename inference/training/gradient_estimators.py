@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from inference.training.discrete_objective import EnumeratedLoss, ScoreFunctionLoss
+from inference.training.discrete_objective import ScoreFunctionLoss
+from inference.training.enumerated_objective import EnumeratedLoss
 from inference.training.objectives import ElboLoss
 from inference.training.relaxed_objective import Annealing, GumbelSoftmaxLoss, StraightThroughLoss
 from ppl_models.pair import ModelGuidePair

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from inference.training.config import ConfigError, TrainConfig
 from inference.training.diffusion_objective import DiffusionLoss
-from inference.training.discrete_objective import EnumeratedLoss, ScoreFunctionLoss
+from inference.training.discrete_objective import ScoreFunctionLoss
+from inference.training.enumerated_objective import EnumeratedLoss
 from inference.training.gradient_estimators import training_loss
 from inference.training.importance_objective import ImportanceWeightedLoss
 from inference.training.objectives import ElboLoss

@@ -11,7 +11,7 @@ The one constraint: every site is inside the data plate at dim -1, so that each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -168,11 +168,7 @@ class ElboLoss(nn.Module):
         )
         for name, site in [*model.items(), *guide.items()]:
             _check_plate(name, site, len(x))
-            if site["log_prob"].dtype in (torch.bfloat16, torch.float16) and name not in closed:
-                raise PrecisionError(
-                    f"expected log-densities in float32 at least, got {site['log_prob'].dtype} at site {name!r}: convert "
-                    "the law's parameters in the program, as in loc.float(), or train in precision 32-true"
-                )
+        check_precision([*model.values(), *guide.values()], closed)
         for name, site in guide.items():
             if not site["is_observed"] and not site["fn"].has_rsample:
                 latents = [each["fn"] for each in guide.values() if not each["is_observed"]]
@@ -198,8 +194,18 @@ class ElboLoss(nn.Module):
         if obstacle:
             raise PairError(
                 f"expected programs that run under an outer particle plate, for {self._at_once(draws)} at once, but "
-                f"{obstacle}: let both take any number of leading dims, as z[..., 0] does and z[:, 0] does not, or "
-                "take a loss of one draw"
+                f"{obstacle}: let both take any number of leading dims, as z[..., 0] does and z[:, 0] does not"
+                f"{', or take a loss of one draw' if self.reported_draws == 1 else ''}"
+            )
+
+
+def check_precision(sites: Iterable[Site], closed: Collection[str]) -> None:
+    """Refuses log-densities in half precision, but for sites in ``closed``, of which none is used."""
+    for site in sites:
+        if site["log_prob"].dtype in (torch.bfloat16, torch.float16) and site["name"] not in closed:
+            raise PrecisionError(
+                f"expected log-densities in float32 at least, got {site['log_prob'].dtype} at site {site['name']!r}: convert "
+                "the law's parameters in the program, as in loc.float(), or train in precision 32-true"
             )
 
 

@@ -16,7 +16,8 @@ from torch.func import functional_call
 from inference import decompose_elbo
 from inference.bounds.gradient_variance import gradient_variance
 from inference.bounds.sites import PairError
-from inference.training.discrete_objective import EnumeratedLoss, ScoreFunctionLoss
+from inference.training.discrete_objective import ScoreFunctionLoss
+from inference.training.enumerated_objective import EnumeratedLoss
 from inference.training.evaluation import evaluate
 from inference.training.gradient_estimators import ESTIMATORS, training_loss
 from inference.training.objectives import ElboLoss, sum_terms

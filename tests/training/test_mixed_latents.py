@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from inference import ElboLoss, EnumeratedLoss, compile_objective, decompose_elbo, fit
 from inference.bounds.sites import PairError
 from inference.bounds.whole_densities import unmasked
-from inference.training import discrete_objective
+from inference.training import enumerated_objective
 from inference.training.discrete_objective import ScoreFunctionLoss
 from inference.training.evaluation import evaluate
 from inference.training.gradient_estimators import training_loss
@@ -128,7 +128,7 @@ def _without_gradient(site):
 @pytest.mark.parametrize("order", ORACLES)
 @pytest.mark.parametrize("wrong", [_uniform, _without_gradient])
 def test_wrong_weights_of_the_classes_are_caught(order, wrong, monkeypatch):
-    monkeypatch.setattr(discrete_objective, "_log_probability", wrong)
+    monkeypatch.setattr(enumerated_objective, "log_probability", wrong)
     assert _z_scores(EnumeratedLoss, order, 20_000) > Z_MAX
 
 
